@@ -1,0 +1,245 @@
+"""The typed client: every endpoint as a method. Needs httpx and pydantic only.
+
+with Client("http://127.0.0.1:8311") as whence:
+    whence.add_model("bot", "/models/bot")
+    whence.upload_dataset("sft", Path("sft.jsonl"))
+    job = whence.build_index("sft", model="bot", dataset="sft", layers=[16])
+    whence.wait(job.id)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from api.schemas import EventPage, Health, QuarantinePage, QueryOut
+from service import codec
+from service.contracts import (
+    TERMINAL,
+    ConceptRecord,
+    DatasetRecord,
+    IndexRecord,
+    JobEvent,
+    JobRecord,
+    JobState,
+    ModelRecord,
+)
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 20
+
+
+class WhenceError(Exception):
+    """The server said no: ``code`` for programs, ``detail`` for people, ``param`` names the culprit."""
+
+    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
+        self.status = status
+        self.problem = dict(problem)
+        self.code = str(problem.get("code", "unknown"))
+        self.detail = str(problem.get("detail", ""))
+        self.param = problem.get("param")
+        super().__init__(f"{self.detail or self.code} [{self.code}]")
+
+
+class JobFailed(WhenceError):
+    """A job that was waited for did not succeed."""
+
+    def __init__(self, job: JobRecord) -> None:
+        self.job = job
+        cancelled = {"code": "cancelled", "detail": f"Job {job.id} was cancelled."}
+        super().__init__(200, job.error or cancelled)
+
+
+class Client:
+    """One connection pool to one server. Methods raise WhenceError, or httpx.TransportError without a server."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8311", *, timeout_s: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, timeout=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # --- models, datasets ---------------------------------------------------------------------------
+
+    def add_model(
+        self, model_id: str, path: str, *, base: str | None = None, checkpoints: Sequence[str] = ()
+    ) -> ModelRecord:
+        """Register a folder on the server; ``checkpoints`` are folders of the same run, base first."""
+        body = {"id": model_id, "path": path, "base": base, "checkpoints": [{"path": item} for item in checkpoints]}
+        return codec.from_plain(ModelRecord, self._call("POST", "/v1/models", json=body))
+
+    def models(self) -> list[ModelRecord]:
+        return self._items("/v1/models", ModelRecord)
+
+    def model(self, model_id: str) -> ModelRecord:
+        return codec.from_plain(ModelRecord, self._call("GET", f"/v1/models/{model_id}"))
+
+    def add_dataset(self, dataset_id: str, path: str, *, invalid_lines: str = "refuse") -> DatasetRecord:
+        """Register a file that is on the server already."""
+        body = {"id": dataset_id, "path": path, "invalid_lines": invalid_lines}
+        return codec.from_plain(DatasetRecord, self._call("POST", "/v1/datasets", json=body))
+
+    def upload_dataset(
+        self,
+        dataset_id: str,
+        file: Path,
+        *,
+        invalid_lines: str = "refuse",
+        on_sent: Callable[[int], None] | None = None,
+    ) -> DatasetRecord:
+        """Stream a local file to the server; ``on_sent`` is told the bytes sent so far."""
+
+        def chunks() -> Iterator[bytes]:
+            sent = 0
+            with file.open("rb") as source:
+                while chunk := source.read(_CHUNK):
+                    yield chunk
+                    sent += len(chunk)
+                    if on_sent is not None:
+                        on_sent(sent)
+
+        plain = self._call(
+            "PUT",
+            f"/v1/datasets/{dataset_id}",
+            content=chunks(),
+            params={"invalid_lines": invalid_lines, "filename": file.name},
+            headers={"Content-Type": "application/jsonl"},
+        )
+        return codec.from_plain(DatasetRecord, plain)
+
+    def datasets(self) -> list[DatasetRecord]:
+        return self._items("/v1/datasets", DatasetRecord)
+
+    def dataset(self, dataset_id: str) -> DatasetRecord:
+        return codec.from_plain(DatasetRecord, self._call("GET", f"/v1/datasets/{dataset_id}"))
+
+    def dataset_quarantine(self, dataset_id: str, *, offset: int = 0, limit: int = 1000) -> QuarantinePage:
+        page = {"offset": offset, "limit": limit}
+        return QuarantinePage.model_validate(
+            self._call("GET", f"/v1/datasets/{dataset_id}/quarantine", params=page)
+        )
+
+    # --- indexes, concepts, queries -----------------------------------------------------------------
+
+    def build_index(self, name: str, *, model: str, dataset: str, **options: Any) -> JobRecord:
+        """Queue a build; ``options`` as in ``api.schemas.IndexIn`` (kinds, layers, pooling, …)."""
+        body = {"name": name, "model": model, "dataset": dataset, **options}
+        return codec.from_plain(JobRecord, self._call("POST", "/v1/indexes", json=body))
+
+    def indexes(self) -> list[IndexRecord]:
+        return self._items("/v1/indexes", IndexRecord)
+
+    def index(self, reference: str) -> IndexRecord:
+        return codec.from_plain(IndexRecord, self._call("GET", f"/v1/indexes/{reference}"))
+
+    def index_quarantine(self, reference: str, *, offset: int = 0, limit: int = 1000) -> QuarantinePage:
+        page = {"offset": offset, "limit": limit}
+        return QuarantinePage.model_validate(self._call("GET", f"/v1/indexes/{reference}/quarantine", params=page))
+
+    def fit_concept(
+        self, concept_id: str, *, model: str, positive: str, negative: str, layer: int, **options: Any
+    ) -> JobRecord:
+        """Queue the fit of a direction; ``options`` as in ``api.schemas.ConceptIn`` (pooling, max_length)."""
+        body = {"id": concept_id, "model": model, "positive": positive, "negative": negative, "layer": layer}
+        return codec.from_plain(JobRecord, self._call("POST", "/v1/concepts", json=body | options))
+
+    def concepts(self) -> list[ConceptRecord]:
+        return self._items("/v1/concepts", ConceptRecord)
+
+    def concept(self, concept_id: str) -> ConceptRecord:
+        return codec.from_plain(ConceptRecord, self._call("GET", f"/v1/concepts/{concept_id}"))
+
+    def query(self, *, index: str, concept: str, **options: Any) -> QueryOut | JobRecord:
+        """The ranking, or the job that must end first (then ask again, or use ``ask``)."""
+        body = {"index": index, "concept": concept, **options}
+        response = self._send("POST", "/v1/queries", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return QueryOut.model_validate_json(response.content)
+
+    def ask(self, *, index: str, concept: str, timeout_s: float = 3600.0, **options: Any) -> QueryOut:
+        """Query, waiting for the job that the answer needs, if it needs one."""
+        answer = self.query(index=index, concept=concept, **options)
+        if isinstance(answer, JobRecord):
+            self.wait(answer.id, timeout_s=timeout_s)
+            answer = self.query(index=index, concept=concept, **options)
+        if isinstance(answer, JobRecord):
+            raise WhenceError(202, {"code": "not_ready", "detail": f"Job {answer.id} is still needed; ask again."})
+        return answer
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def jobs(self, limit: int = 50) -> list[JobRecord]:
+        plain = self._call("GET", "/v1/jobs", params={"limit": limit})
+        return [codec.from_plain(JobRecord, item) for item in plain["items"]]
+
+    def job(self, job_id: str) -> JobRecord:
+        return codec.from_plain(JobRecord, self._call("GET", f"/v1/jobs/{job_id}"))
+
+    def events(self, job_id: str, after: str = "0") -> EventPage:
+        return EventPage.model_validate(self._call("GET", f"/v1/jobs/{job_id}/events", params={"after": after}))
+
+    def cancel(self, job_id: str) -> JobRecord:
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/jobs/{job_id}/cancel"))
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        timeout_s: float = 3600.0,
+        poll_s: float = 0.2,
+        on_event: Callable[[JobEvent], None] | None = None,
+    ) -> JobRecord:
+        """The finished job. Raises JobFailed when it did not succeed, TimeoutError when it takes too long."""
+        deadline = time.monotonic() + timeout_s
+        cursor = "0"
+        while True:
+            job = self.job(job_id)
+            if on_event is not None:
+                page = self.events(job_id, cursor)
+                cursor = page.cursor
+                for event in page.events:
+                    on_event(event)
+            if job.state in TERMINAL:
+                if job.state == JobState.SUCCEEDED:
+                    return job
+                raise JobFailed(job)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Job {job_id} is still {job.state} after {timeout_s:.0f} s; it goes on.")
+            time.sleep(poll_s)
+
+    def ready(self) -> Health:
+        """Whether the server can do its work; a degraded one answers as well."""
+        response = self._http.get("/readyz")
+        return Health.model_validate_json(response.content)
+
+    # --- plumbing -----------------------------------------------------------------------------------
+
+    def _items(self, path: str, kind: type[T]) -> list[T]:
+        return [codec.from_plain(kind, item) for item in self._call("GET", path)["items"]]
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        return self._send(method, path, **options).json()
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        response = self._http.request(method, path, **options)
+        if response.is_error:
+            try:
+                problem = response.json()
+            except ValueError:
+                problem = {
+                    "code": "not_whence",
+                    "detail": f"{response.status_code} from {response.url}, no problem.",
+                }
+            raise WhenceError(response.status_code, problem)
+        return response

@@ -1,0 +1,39 @@
+"""What every route needs, made once at start and handed in by FastAPI."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request, Response
+from redis import Redis
+
+from service.contracts import JobRecord
+from service.jobs import Jobs
+from service.queries import QueryService
+from service.registry import Registry
+from service.settings import Settings
+from service.storage import Storage
+
+
+@dataclass(frozen=True)
+class Services:
+    settings: Settings
+    redis: Redis
+    storage: Storage
+    registry: Registry
+    jobs: Jobs
+    queries: QueryService
+
+
+async def _services(request: Request) -> Services:
+    # async, so that it costs no hop to a thread
+    return request.app.state.services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def accepted(response: Response, job: JobRecord) -> JobRecord:
+    """202 with the job and where to follow it."""
+    response.status_code = 202
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return job

@@ -1,0 +1,91 @@
+"""Composition root of the server: Redis, storage, search, and the routes over them.
+
+    python -m api.main
+
+Settings come from the environment (service/settings.py). The process holds no model and no Ray driver.
+"""
+
+import logging
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import uvicorn
+from fastapi import FastAPI
+
+from api import problems
+from api.dependencies import Services
+from api.routes import concepts, datasets, health, indexes, jobs, models, queries
+from api.version import VERSION
+from service.errors import DomainError, Unavailable
+from service.indexes import IndexLoader
+from service.jobs import Jobs
+from service.queries import QueryService
+from service.redis_server import connect
+from service.registry import Registry
+from service.settings import Settings, load_settings
+from service.storage import Storage
+
+_DESCRIPTION = """
+Which training examples pushed this model toward this concept?
+
+Register a model and a dataset, build an index (a job), fit a concept (a job), then query: the answer needs
+no model. A positive score means that training on the example pushes the model toward the concept. Every
+error is an RFC 9457 problem document with a stable `code` and the offending `param`.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application, connected. Raises Unavailable when Redis cannot be reached."""
+    redis = connect(settings.redis_url.get_secret_value())
+    storage = Storage(settings.storage_root)
+    registry = Registry(redis, storage)
+    registry.rebuild()
+    work = Jobs(redis)
+    loader = IndexLoader(storage, threads=settings.search_threads)
+    app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
+    app.state.services = Services(
+        settings=settings,
+        redis=redis,
+        storage=storage,
+        registry=registry,
+        jobs=work,
+        queries=QueryService(registry, storage, work, loader, shard_size=settings.shard_size),
+    )
+    problems.install(app)
+    for module in (models, datasets, indexes, concepts, queries, jobs, health):
+        app.include_router(module.router)
+    return app
+
+
+def check_faiss() -> None:
+    """Refuse to start with both FAISS builds installed: they share a folder, and the last one silently wins."""
+    found = []
+    for name in ("faiss-cpu", "faiss-gpu"):
+        try:
+            version(name)
+            found.append(name)
+        except PackageNotFoundError:
+            continue
+    if len(found) != 1:
+        raise Unavailable(
+            "faiss_installation",
+            f"Exactly one of faiss-cpu and faiss-gpu must be installed, found {found or 'neither'}. "
+            "Install whence[server,cpu] or whence[server,gpu] into a fresh environment.",
+        )
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = load_settings()
+    try:
+        check_faiss()
+        app = create_app(settings)
+    except DomainError as error:
+        logging.getLogger("whence.api").error("%s", error)
+        return 1
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=5)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

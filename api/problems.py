@@ -1,0 +1,100 @@
+"""Every error as an RFC 9457 problem document: the one place where domain errors meet status codes."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from service import errors
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+_STATUS: dict[type[errors.DomainError], int] = {
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.Invalid: 422,
+    errors.Forbidden: 403,
+    errors.TooLarge: 413,
+    errors.Unavailable: 503,
+    errors.Damaged: 500,
+}
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; ``code`` is stable and meant for programs."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="urn:whence:problem:<code>")
+    title: str = Field(description="The status in words")
+    status: int
+    code: str = Field(description="What went wrong, stable across releases", examples=["layer_out_of_range"])
+    detail: str = Field(description="What happened, to which input, and what to do next")
+    param: str | None = Field(None, description="The offending field, file or line", examples=["layers"])
+    instance: str | None = Field(None, description="The path that was called")
+
+
+def problem(
+    request: Request, status: int, code: str, detail: str, *, param: str | None = None, **extra: Any
+) -> JSONResponse:
+    """The response for one error."""
+    title = HTTPStatus(status).phrase
+    body = {"type": f"urn:whence:problem:{code}", "title": title, "status": status, "code": code, "detail": detail}
+    headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse(
+        {**extra, **body, "param": param, "instance": request.url.path},
+        status_code=status,
+        media_type=MEDIA_TYPE,
+        headers=headers,
+    )
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the problems a route may answer with."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the application a problem document."""
+
+    @app.exception_handler(errors.DomainError)
+    async def domain(request: Request, error: errors.DomainError) -> JSONResponse:
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+        return problem(request, status, error.code, error.detail, param=error.param, **error.context)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part not in {"body", "query", "path"}]
+        code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
+        param = ".".join(where) or None
+        fields = [{"param": ".".join(map(str, item["loc"][1:])), "detail": item["msg"]} for item in error.errors()]
+        detail = f"{param or 'The request'}: {first['msg']}."
+        return problem(request, 422, code, detail, param=param, errors=fields[:20])
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
+        return problem(request, error.status_code, code, detail)
+
+    @app.exception_handler(RedisError)
+    async def redis(request: Request, error: RedisError) -> JSONResponse:
+        log.warning("redis does not answer: %s", error)
+        detail = "Redis does not answer; nothing was changed. Try again in a moment."
+        return problem(request, 503, "redis_unavailable", detail)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+        detail = f"An unexpected {type(error).__name__}. The server's log has the details."
+        return problem(request, 500, "internal_error", detail)

@@ -1,0 +1,46 @@
+"""Indexes: built by jobs, published as immutable versions."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from api.dependencies import ServicesDep, accepted
+from api.problems import documented
+from api.routes.datasets import quarantine_page
+from api.schemas import IndexIn, Items, QuarantinePage
+from service import indexes
+from service.contracts import IndexRecord, JobKind, JobRecord
+from service.planning import IndexRequest, plan_index
+from service.registry import INDEXES
+
+router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
+
+
+@router.post("", status_code=202, summary="Build an index", responses=documented(404, 422))
+def build_index(body: IndexIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue the build of a new version; follow it at the Location that is answered."""
+    fields = body.model_dump() | {"kinds": tuple(body.kinds), "layers": tuple(body.layers)}
+    spec = plan_index(IndexRequest(**fields), services.registry, services.redis, services.settings)
+    return accepted(response, services.jobs.submit(JobKind.BUILD_INDEX, spec))
+
+
+@router.get("", summary="List published indexes, every version")
+def list_indexes(services: ServicesDep) -> Items[IndexRecord]:
+    return Items(items=services.registry.all(INDEXES))
+
+
+@router.get("/{reference}", summary="One index", responses=documented(404))
+def get_index(reference: str, services: ServicesDep) -> IndexRecord:
+    """``name`` answers the newest version, ``name@v3`` that one."""
+    return indexes.resolve(services.registry, reference)
+
+
+@router.get("/{reference}/quarantine", summary="What is not in the index, and why", responses=documented(404))
+def get_quarantine(
+    reference: str,
+    services: ServicesDep,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> QuarantinePage:
+    record = indexes.resolve(services.registry, reference)
+    return quarantine_page(indexes.quarantined(services.storage, services.registry, record), offset, limit)

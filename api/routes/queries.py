@@ -1,0 +1,61 @@
+"""The question that Whence exists for."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from api.dependencies import ServicesDep, accepted
+from api.problems import documented
+from api.schemas import ConceptUsed, HitOut, QueryIn, QueryOut, Timing
+from service.contracts import JobRecord
+from service.datasets import render
+from service.errors import Invalid
+from service.queries import Answer, Query
+
+router = APIRouter(prefix="/v1/queries", tags=["queries"])
+
+
+@router.post(
+    "",
+    summary="Which training examples pushed the model toward this concept?",
+    responses={
+        202: {
+            "model": JobRecord,
+            "description": "What the answer needs is being computed; ask again when it is done",
+        },
+        **documented(404, 422, 500),
+    },
+)
+def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut | JobRecord:
+    """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
+    if body.k > services.settings.max_k:
+        raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
+    found = services.queries.run(Query(**body.model_dump()))
+    return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
+
+
+def _present(body: QueryIn, answer: Answer) -> QueryOut:
+    concept: Any = answer.concept
+    return QueryOut(
+        index=answer.index.id,
+        model=answer.index.model,
+        dataset=answer.index.dataset,
+        method=body.method,
+        order=body.order,
+        concept=ConceptUsed.model_validate(concept, from_attributes=True),
+        rows=answer.rows,
+        dims=answer.dims,
+        hits=[
+            HitOut(
+                rank=hit.rank,
+                score=hit.score,
+                example_id=hit.example.id,
+                text=render(hit.example.content),
+                metadata=dict(hit.example.metadata),
+                places=list(hit.example.places),
+            )
+            for hit in answer.hits
+        ],
+        warnings=list(answer.warnings),
+        timing=Timing(search_ms=round(answer.search_ms, 3), total_ms=round(answer.total_ms, 3)),
+    )

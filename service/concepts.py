@@ -1,0 +1,77 @@
+"""Concepts at rest, and the rule which model's concept may be asked of which index."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from service.contracts import ConceptRecord, IndexKind, IndexRecord
+from service.errors import Invalid
+from service.registry import CONCEPTS, Registry
+from service.rows import F32
+from service.storage import Storage
+
+TENSOR = "direction"
+
+
+def to_safetensors(direction: F32) -> bytes:
+    """A unit vector (d,) float32 as the bytes of a safetensors file."""
+    return save_safetensors({TENSOR: np.ascontiguousarray(direction, dtype=np.float32)})
+
+
+def publish(storage: Storage, registry: Registry, record: ConceptRecord, tensor: bytes) -> None:
+    """Store the direction, then the record (its sidecar) that makes it visible. Raises Conflict."""
+    storage.write(_tensor_key(record.id, record.sha256), tensor)
+    registry.add(CONCEPTS, record.id, record)
+
+
+def direction(storage: Storage, record: ConceptRecord) -> F32:
+    """v̂, (width,) float32 with unit norm; Damaged when the file is not what was registered."""
+    data = storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
+    return load_safetensors(data)[TENSOR]
+
+
+def check_fits(concept: ConceptRecord, index: IndexRecord, width: int, kind: IndexKind) -> None:
+    """Raise Invalid unless the concept may be asked of this index: same lineage and width, and, where
+    activations are compared, the same pooling.
+
+    A direction fitted on one fine-tune is meaningful for others of the same base; between unrelated
+    models the coordinates of the residual stream have nothing to do with each other.
+    """
+    if concept.lineage != index.lineage:
+        raise Invalid(
+            "concept_of_other_lineage",
+            f"Concept {concept.id!r} was fitted on model {concept.model!r}, which shares no declared base with "
+            f"{index.model!r}, the model of index {index.id}. Fit it on {index.model!r}, or declare the base.",
+            param="concept",
+        )
+    if concept.width != width:
+        raise Invalid(
+            "concept_of_other_width",
+            f"Concept {concept.id!r} has {concept.width} dimensions, the index {width}.",
+            param="concept",
+        )
+    if kind == IndexKind.ACTIVATION and concept.pooling != index.pooling:
+        raise Invalid(
+            "concept_of_other_pooling",
+            f"Concept {concept.id!r} was fitted with pooling {concept.pooling}, index {index.id} is built with "
+            f"{index.pooling}: their activations are not comparable.",
+            param="concept",
+        )
+
+
+def sidecar(record: ConceptRecord) -> Mapping[str, Any]:
+    """What an answer says about the concept it used."""
+    return {
+        "id": record.id,
+        "model": record.model,
+        "layer": record.layer,
+        "pooling": record.pooling,
+        "auroc_held_out": record.auroc_held_out,
+    }
+
+
+def _tensor_key(concept_id: str, sha256: str) -> str:
+    return f"concepts/{concept_id}/direction-{sha256[:16]}.safetensors"

@@ -1,0 +1,306 @@
+"""JSONL in, examples with content-hash ids out: nothing lost, nothing twice, every reason named.
+
+Every line of the source ends in exactly one place: an example, a duplicate of one (its line is added to
+the example's places), or quarantine. A line that cannot be read at all refuses the whole file by default
+(``refuse``), since it usually means that the wrong file was given; ``quarantine`` sets it aside instead.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from service import codec
+from service.contracts import (
+    Completion,
+    Content,
+    Conversation,
+    DatasetRecord,
+    Example,
+    Message,
+    Place,
+    PlainText,
+    Quarantined,
+)
+from service.errors import Invalid, TooLarge
+from service.storage import Storage, sha256_bytes
+
+ROLES = ("system", "user", "assistant")
+_SHOWN = 20  # malformed lines listed in an error
+
+_PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
+EXAMPLES_SCHEMA = pa.schema(
+    [("id", pa.string()), ("content", pa.string()), ("metadata", pa.string()), ("places", _PLACES)]
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [("id", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("places", _PLACES)]
+)
+
+
+class Malformed(Exception):
+    """A line that is no example at all: broken JSON, an unknown shape, a value of the wrong type."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Parsed:
+    """What a source holds. ``lines == len(examples) + duplicates + len(quarantined)``."""
+
+    source: str
+    lines: int = 0
+    duplicates: int = 0
+    examples: dict[str, Example] = field(default_factory=dict)
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        return dict(sorted(Counter(item.reason for item in self.quarantined).items()))
+
+
+def example_id(content: Content) -> str:
+    """sha256 (hex) of what is trained on; metadata and place do not enter it."""
+    return codec.digest(codec.to_plain(content))
+
+
+def parse(
+    stream: BinaryIO, source: str, *, quarantine_malformed: bool, max_bytes: int, max_line_bytes: int
+) -> Parsed:
+    """Read JSONL (gzip is recognised by its first bytes) into examples.
+
+    Raises Invalid (``malformed_lines``) with the first offending line numbers unless
+    ``quarantine_malformed``; Invalid (``empty_dataset``) when no example is left; TooLarge.
+    """
+    parsed = Parsed(source)
+    malformed: list[dict[str, Any]] = []
+    for number, raw in enumerate(_lines(stream, max_bytes, max_line_bytes), start=1):
+        parsed.lines += 1
+        place = Place(source, number)
+        if not raw.strip():
+            parsed.quarantined.append(Quarantined(None, "blank_line", "The line is blank.", (place,)))
+            continue
+        try:
+            content, metadata = parse_line(raw)
+            identity = example_id(content)
+        except Malformed as error:
+            malformed.append({"line": number, "reason": error.reason, "detail": error.detail})
+            parsed.quarantined.append(Quarantined(None, error.reason, error.detail, (place,)))
+            continue
+        if reason := untrainable(content):
+            parsed.quarantined.append(Quarantined(identity, *reason, (place,)))
+        elif known := parsed.examples.get(identity):
+            parsed.duplicates += 1
+            parsed.examples[identity] = Example(identity, known.content, known.metadata, (*known.places, place))
+        else:
+            parsed.examples[identity] = Example(identity, content, metadata, (place,))
+    if malformed and not quarantine_malformed:
+        first = malformed[0]
+        raise Invalid(
+            "malformed_lines",
+            f"{len(malformed)} of {parsed.lines} lines of {source} cannot be read; the first is line "
+            f"{first['line']}: {first['detail']} Nothing was stored. Mend the file, or send "
+            "invalid_lines=quarantine to set such lines aside.",
+            param=f"line {first['line']}",
+            context={"line": first["line"], "lines": malformed[:_SHOWN], "malformed": len(malformed)},
+        )
+    if not parsed.examples:
+        raise Invalid(
+            "empty_dataset",
+            f"{source} holds no example to train on: {parsed.lines} lines, {len(parsed.quarantined)} set aside"
+            + (f" ({', '.join(parsed.reasons)})." if parsed.reasons else "."),
+            param="file",
+            context={"quarantine_reasons": parsed.reasons},
+        )
+    return parsed
+
+
+def _lines(stream: BinaryIO, max_bytes: int, max_line_bytes: int) -> Iterator[bytes]:
+    buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # pyright: ignore[reportArgumentType]
+    gzipped = buffered.peek(2)[:2] == b"\x1f\x8b"
+    reader: Any = gzip.GzipFile(fileobj=buffered) if gzipped else buffered
+    total = 0
+    try:
+        while line := reader.readline(max_line_bytes + 1):
+            total += len(line)
+            if len(line) > max_line_bytes:
+                raise TooLarge("line_too_long", f"A line is longer than {max_line_bytes} bytes.", param="file")
+            if total > max_bytes:
+                raise TooLarge(
+                    "dataset_too_large", f"The data exceed {max_bytes} bytes uncompressed.", param="file"
+                )
+            yield line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Invalid("bad_gzip", f"The gzip data are damaged or cut off: {error}.", param="file") from error
+
+
+def parse_line(raw: bytes) -> tuple[Content, Mapping[str, Any]]:
+    """One line of JSONL → what is trained on, and everything else as metadata. Raises Malformed."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+        codec.canonical(row)  # refuses lone surrogates and floats beyond JSON here, not at some later write
+    except UnicodeError as error:
+        raise Malformed("not_utf8", f"Not valid UTF-8 text: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise Malformed("not_json", f"Not valid JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise Malformed("not_an_object", f"Expected a JSON object, found {_kind(row)}.")
+    forms = [name for name in ("messages", "text") if name in row]
+    if "prompt" in row and "completion" in row:
+        forms.append("prompt")
+    if len(forms) != 1:
+        found = "several of them" if forms else f"the keys {sorted(row)[:8]}"
+        raise Malformed(
+            "unknown_format",
+            f"Expected exactly one of 'messages', 'prompt' with 'completion', or 'text'; found {found}.",
+        )
+    if forms[0] == "messages":
+        content: Content = Conversation(_messages(row.pop("messages")))
+    elif forms[0] == "prompt":
+        content = Completion(_string(row.pop("prompt"), "prompt"), _string(row.pop("completion"), "completion"))
+    else:
+        content = PlainText(_string(row.pop("text"), "text"))
+    return content, row
+
+
+def untrainable(content: Content) -> tuple[str, str] | None:
+    """(reason, detail) when there is nothing to train on in a well-formed example, else None."""
+    match content:
+        case Conversation(messages):
+            answers = [message.content for message in messages if message.role == "assistant"]
+            if not answers:
+                return "no_target", "The conversation has no assistant turn."
+            if not any(answer.strip() for answer in answers):
+                return "empty_target", "Every assistant turn is empty."
+        case Completion(_, completion) if not completion.strip():
+            return "empty_target", "The completion is empty."
+        case PlainText(text) if not text.strip():
+            return "empty_text", "The text is empty."
+    return None
+
+
+def render(content: Content) -> str:
+    """The example as a person reads it."""
+    match content:
+        case Conversation(messages):
+            return "\n".join(f"{message.role}: {message.content}" for message in messages)
+        case Completion(prompt, completion):
+            return prompt + completion
+        case PlainText(text):
+            return text
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise Malformed("bad_messages", f"'messages' must be a non-empty list, found {_kind(value)}.")
+    messages = []
+    for position, item in enumerate(value):
+        where = f"messages[{position}]"
+        if not isinstance(item, dict):
+            raise Malformed("bad_messages", f"{where} must be an object, found {_kind(item)}.")
+        if extra := sorted(set(item) - {"role", "content"}):
+            raise Malformed("unsupported_message", f"{where} has {extra}; only 'role' and 'content' are supported.")
+        if item.get("role") not in ROLES:
+            raise Malformed(
+                "bad_role", f"{where}.role must be one of {', '.join(ROLES)}, found {item.get('role')!r}."
+            )
+        messages.append(Message(item["role"], _string(item.get("content"), f"{where}.content")))
+    return tuple(messages)
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise Malformed("not_text", f"{name} must be a string, found {_kind(value)}.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# --- at rest ----------------------------------------------------------------------------------------
+
+
+def publish(storage: Storage, dataset_id: str, parsed: Parsed) -> DatasetRecord:
+    """Write a dataset's files; the record that makes it visible is registered by the caller."""
+    files = {name: storage.write(f"datasets/{dataset_id}/{name}", data) for name, data in _files(parsed).items()}
+    return DatasetRecord(
+        id=dataset_id,
+        fingerprint=codec.digest(list(parsed.examples)),
+        source=parsed.source,
+        lines=parsed.lines,
+        examples=len(parsed.examples),
+        duplicates=parsed.duplicates,
+        quarantined=len(parsed.quarantined),
+        quarantine_reasons=parsed.reasons,
+        files=files,
+        created_at=codec.now(),
+    )
+
+
+def same_content(record: DatasetRecord, parsed: Parsed) -> bool:
+    """Whether a registered dataset is what has just been read: texts, metadata, places, what was set aside."""
+    return record.files == {name: sha256_bytes(data) for name, data in _files(parsed).items()}
+
+
+def _files(parsed: Parsed) -> dict[str, bytes]:
+    """The Parquet files of a dataset by name; the same source gives the same bytes."""
+    fingerprint = codec.digest(list(parsed.examples))
+    examples = pa.Table.from_pylist([_example_row(item) for item in parsed.examples.values()], EXAMPLES_SCHEMA)
+    aside = pa.Table.from_pylist([codec.to_plain(item) for item in parsed.quarantined], QUARANTINE_SCHEMA)
+    return {
+        f"{stem}-{fingerprint[:16]}.parquet": to_parquet(table)
+        for stem, table in (("examples", examples), ("quarantine", aside))
+    }
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_table(storage: Storage, record: DatasetRecord, stem: str = "examples") -> pa.Table:
+    """The dataset's table ``examples`` or ``quarantine``, checked against the record's sha256."""
+    name = next(name for name in record.files if name.startswith(stem))
+    data = storage.read(f"datasets/{record.id}/{name}", sha256=record.files[name])
+    return pq.read_table(io.BytesIO(data))
+
+
+def to_examples(table: pa.Table) -> list[Example]:
+    """Rows of the examples table as records."""
+    return [
+        Example(
+            row["id"],
+            codec.decode(Content, row["content"]),  # pyright: ignore[reportArgumentType]
+            json.loads(row["metadata"]),
+            tuple(Place(**place) for place in row["places"]),
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def to_quarantined(table: pa.Table) -> list[Quarantined]:
+    return [codec.from_plain(Quarantined, row) for row in table.to_pylist()]
+
+
+def _example_row(example: Example) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        "content": codec.canonical(codec.to_plain(example.content)).decode(),
+        "metadata": json.dumps(example.metadata, ensure_ascii=False),
+        "places": [{"file": place.file, "line": place.line} for place in example.places],
+    }

@@ -1,0 +1,175 @@
+"""Takes jobs from the queue, keeps their lease alive, lets the engine run them, records how they end.
+
+Knows nothing of models or Ray: the engine is handed in by the composition root (``workers/main.py``).
+"""
+
+import logging
+import threading
+import time
+import traceback
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from service.contracts import Engine, JobState, Progress
+from service.errors import Cancelled, DomainError, Interrupted, LeaseLost
+from service.jobs import Claim, Jobs
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_S = 0.25
+
+
+class Dispatcher:
+    """One job at a time; run several dispatchers to run several jobs."""
+
+    def __init__(self, jobs: Jobs, engine: Engine, *, name: str, lease_s: float, max_attempts: int) -> None:
+        self._jobs = jobs
+        self._engine = engine
+        self._name = name
+        self._lease_s = lease_s
+        self._max_attempts = max_attempts
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until ``stop`` is set; an outage of Redis is waited out."""
+        while not stop.is_set():
+            try:
+                self._jobs.announce(self._name, self._lease_s)
+                claim = self._jobs.claim(self._name, self._lease_s)
+                if claim is not None:
+                    self._run_claim(claim, stop)
+            except RedisError as error:
+                log.warning("redis does not answer, trying again: %s", error)
+                stop.wait(1.0)
+
+    def _run_claim(self, claim: Claim, stop: threading.Event) -> None:
+        job = claim.job
+        log.info("job %s (%s): attempt %d, epoch %d", job.id, job.kind, job.attempts, job.epoch)
+        context = _Context(self._jobs, claim, self._name, self._lease_s, stop)
+        try:
+            with context:
+                if job.attempts > self._max_attempts:
+                    raise DomainError(
+                        "too_many_attempts",
+                        f"The dispatcher died {self._max_attempts} times on this job; its log says why. "
+                        "What was finished is kept: submit it again once the cause is gone.",
+                    )
+                result = self._engine.run(job, context)
+                context.check()
+            self._jobs.finish(claim, JobState.SUCCEEDED, result=result)
+        except LeaseLost as error:
+            log.warning("%s", error)
+        except Interrupted:
+            log.info("job %s goes back to the queue", job.id)
+            self._jobs.release(claim)
+        except Cancelled:
+            self._jobs.finish(claim, JobState.CANCELLED)
+        except DomainError as error:
+            log.warning("job %s failed: %s", job.id, error)
+            self._jobs.finish(claim, JobState.FAILED, error=error.as_dict())
+        except RedisError:
+            raise
+        except Exception as error:
+            log.exception("job %s failed", job.id)
+            self._jobs.finish(claim, JobState.FAILED, error=_unexpected(error))
+
+
+class _Context:
+    """The JobContext of one claim; beats the heart of the lease in a thread while it is entered."""
+
+    def __init__(self, jobs: Jobs, claim: Claim, name: str, lease_s: float, stop: threading.Event) -> None:
+        self._jobs, self._claim, self._name, self._lease_s, self._stop = jobs, claim, name, lease_s, stop
+        self._done = threading.Event()
+        self._lost = threading.Event()
+        self._cancelled = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._stage, self._stage_began, self._last_sent = "", 0.0, 0.0
+
+    def __enter__(self) -> "_Context":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def progress(
+        self,
+        stage: str,
+        done: int,
+        total: int,
+        *,
+        unit: str = "examples",
+        resumed: int = 0,
+        quarantined: int = 0,
+    ) -> None:
+        self.check()
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_began = stage, now
+        elif done < total and now - self._last_sent < _PROGRESS_EVERY_S:
+            return
+        self._last_sent = now
+        elapsed, own = now - self._stage_began, done - resumed
+        rate = own / elapsed if own > 0 and elapsed > 0 else None
+        eta_s = (total - done) / rate if rate else None
+        progress = Progress(stage, done, total, unit, rate, eta_s, quarantined)
+        self._jobs.record(self._claim, "progress", _rounded(progress), progress=progress)
+
+    def log(self, message: str, **data: Any) -> None:
+        self.check()
+        self._jobs.record(self._claim, "log", {"message": message, **data})
+
+    def check(self) -> None:
+        job = self._claim.job.id
+        if self._lost.is_set():
+            raise LeaseLost("lease_lost", f"Job {job} was taken over by another dispatcher.")
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled", f"Job {job} was cancelled.")
+        if self._stop.is_set():
+            raise Interrupted("interrupted", f"The dispatcher stops; job {job} goes back to the queue.")
+
+    def _beat(self) -> None:
+        interval = self._lease_s / 5
+        renewed = time.monotonic()
+        while not self._done.wait(interval):
+            try:
+                self._jobs.renew(self._claim)
+                self._jobs.announce(self._name, self._lease_s)
+                renewed = time.monotonic()
+                job = self._jobs.find(self._claim.job.id)
+                if job is not None and job.cancel_requested:
+                    self._cancelled.set()
+            except LeaseLost:
+                self._lost.set()
+                return
+            except RedisError:
+                # Within the lease nobody else may hold the job; after it, somebody may.
+                if time.monotonic() - renewed > self._lease_s:
+                    self._lost.set()
+                    return
+
+
+def _rounded(progress: Progress) -> dict[str, Any]:
+    rate = None if progress.rate is None else round(progress.rate, 2)
+    eta_s = None if progress.eta_s is None else round(progress.eta_s, 1)
+    return {
+        "stage": progress.stage,
+        "done": progress.done,
+        "total": progress.total,
+        "unit": progress.unit,
+        "rate": rate,
+        "eta_s": eta_s,
+        "quarantined": progress.quarantined,
+    }
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    """A bug or a broken machine: tell where it happened, the whole trace is in the dispatcher's log."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return {
+        "code": "internal_error",
+        "detail": f"{type(error).__name__}: {error} (in {frame.name}, {frame.filename.rsplit('/', 1)[-1]}:"
+        f"{frame.lineno}). The dispatcher's log has the whole trace.",
+        "param": None,
+    }

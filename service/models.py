@@ -1,0 +1,164 @@
+"""What can be told of a model folder without loading it: shape, fingerprints, lineage, and whether it is safe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+
+from service import codec, keys
+from service.contracts import Checkpoint, ModelRecord
+from service.errors import Conflict, Invalid
+from service.registry import MODELS, Registry
+from service.storage import sha256_bytes, sha256_file
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+def inspect(
+    model_id: str,
+    folder: Path,
+    *,
+    base: ModelRecord | None,
+    checkpoints: list[tuple[Path, float]],
+    redis: Redis,
+) -> ModelRecord:
+    """Describe the Hugging Face folder. Raises Invalid naming what is missing or not allowed in it."""
+    config = _config(folder, param="path")
+    fingerprint = weights_fingerprint(folder, redis, param="path")
+    for number, (path, _) in enumerate(checkpoints):
+        param = f"checkpoints[{number}]"
+        if _shape(_config(path, param=param)) != _shape(config):
+            raise Invalid("shape_mismatch", f"{path} has another shape than {folder}.", param=param)
+    if base is not None and (base.n_layers, base.width) != (_first(config, _LAYERS), _first(config, _WIDTH)):
+        raise Invalid(
+            "shape_mismatch",
+            f"The declared base {base.id!r} has {base.n_layers} layers of width {base.width}; {folder} has "
+            f"{_first(config, _LAYERS)} of {_first(config, _WIDTH)}. A fine-tune has the shape of its base.",
+            param="base",
+        )
+    template = _chat_template(folder)
+    return ModelRecord(
+        id=model_id,
+        path=str(folder),
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=_tokenizer_fingerprint(folder),
+        chat_template_sha256=sha256_bytes(template.encode()) if template else None,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        n_layers=_first(config, _LAYERS),
+        width=_first(config, _WIDTH),
+        context_length=_find(config, _CONTEXT),
+        base=base.id if base else None,
+        lineage=base.lineage if base else fingerprint,
+        checkpoints=tuple(
+            Checkpoint(str(path), weights_fingerprint(path, redis, param=f"checkpoints[{number}]"), weight)
+            for number, (path, weight) in enumerate(checkpoints)
+        ),
+        created_at=codec.now(),
+    )
+
+
+def register(registry: Registry, record: ModelRecord) -> ModelRecord:
+    """Add the model; the same folder with the same weights under the same id is not an error."""
+    known = registry.find(MODELS, record.id)
+    if known is None:
+        registry.add(MODELS, record.id, record)
+        return record
+    if (known.fingerprint, known.path, known.base) == (record.fingerprint, record.path, record.base):
+        return known
+    raise Conflict(
+        "model_exists",
+        f"There is a model {record.id!r} with other weights, path or base. Choose another id.",
+        param="id",
+    )
+
+
+def weights_fingerprint(folder: Path, redis: Redis, *, param: str) -> str:
+    """sha256 over the names and hashes of all weight files and config.json.
+
+    The configuration is part of it: the same weights under another rope base or activation function are
+    another model.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        found = f" It has {', '.join(others[:3])}: save it again with safe_serialization=True." if others else ""
+        raise Invalid("no_safetensors", f"{folder} has no *.safetensors file.{found}", param=param)
+    return codec.digest([[path.name, _hash(path, redis)] for path in [*files, folder / "config.json"]])
+
+
+def _hash(path: Path, redis: Redis) -> str:
+    status = path.stat()
+    key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
+    known: Any = redis.hget(keys.FILE_HASHES, key)
+    if known is None:
+        known = sha256_file(path)
+        redis.hset(keys.FILE_HASHES, key, known)
+    return known
+
+
+def _config(folder: Path, *, param: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise Invalid("model_folder_not_found", f"There is no folder {folder}.", param=param)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Invalid(
+            "not_a_model", f"{folder} has no config.json: not a Hugging Face model.", param=param
+        ) from error
+    except ValueError as error:
+        raise Invalid("not_a_model", f"{path} is not valid JSON: {error}.", param=param) from error
+    if not isinstance(config, dict):
+        raise Invalid("not_a_model", f"{path} is not a JSON object.", param=param)
+    if "auto_map" in config:
+        raise Invalid(
+            "remote_code", f"{folder} needs its own Python code (auto_map); Whence runs none.", param=param
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise Invalid("no_tokenizer", f"{folder} has no tokenizer.json (a fast tokenizer is needed).", param=param)
+    for wanted in (_LAYERS, _WIDTH):
+        if not isinstance(_find(config, wanted), int):
+            raise Invalid("not_a_model", f"{path} names none of {', '.join(wanted)}.", param=param)
+    return config
+
+
+def _shape(config: dict[str, Any]) -> tuple[int, int]:
+    return _first(config, _LAYERS), _first(config, _WIDTH)
+
+
+def _find(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    nested = config.get("text_config")
+    for level in (config, nested if isinstance(nested, dict) else {}):
+        for name in names:
+            if isinstance(level.get(name), int):
+                return level[name]
+    return None
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
+    value = _find(config, names)
+    assert value is not None  # noqa: S101  (_config has checked it)
+    return value
+
+
+def _tokenizer_fingerprint(folder: Path) -> str:
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return codec.digest([[path.name, sha256_file(path)] for path in present])
+
+
+def _chat_template(folder: Path) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None

@@ -1,0 +1,108 @@
+"""Models, datasets, concepts and indexes by id: published to storage first, then copied to Redis.
+
+Storage is the truth. Redis answers lists and look-ups quickly; when it has forgotten something
+(flushed, replaced), ``get`` falls back to storage and ``rebuild`` restores everything.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from redis import Redis
+
+from service import codec, keys
+from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
+from service.errors import Conflict, Invalid, NotFound
+from service.storage import Storage
+
+T = TypeVar("T")
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Collection(Generic[T]):
+    """What is registered under one roof: its folder and Redis key, the word for one of it, its record."""
+
+    name: str
+    noun: str
+    record: type[T]
+
+
+MODELS = Collection("models", "model", ModelRecord)
+DATASETS = Collection("datasets", "dataset", DatasetRecord)
+CONCEPTS = Collection("concepts", "concept", ConceptRecord)
+INDEXES = Collection("indexes", "index", IndexRecord)
+ALL: tuple[Collection[Any], ...] = (MODELS, DATASETS, CONCEPTS, INDEXES)
+
+
+def check_id(value: str, *, param: str) -> str:
+    """``value`` if it may serve as an id (it becomes a folder name), else Invalid."""
+    if not _ID.fullmatch(value) or ".." in value:
+        raise Invalid(
+            "bad_id",
+            f"{value[:140]!r} is no valid id: letters, digits, '.', '_' and '-', starting with a letter or "
+            "digit, 128 characters at most.",
+            param=param,
+        )
+    return value
+
+
+class Registry:
+    def __init__(self, redis: Redis, storage: Storage) -> None:
+        self._redis = redis
+        self._storage = storage
+
+    def add(self, collection: Collection[T], item_id: str, record: T) -> None:
+        """Publish a new record. Raises Conflict when the id is taken; records are never replaced."""
+        with self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S):
+            if self.find(collection, item_id) is not None:
+                raise Conflict(
+                    f"{collection.noun}_exists",
+                    f"There is a {collection.noun} {item_id!r} already, and it never changes. Choose another id.",
+                    param="id",
+                )
+            self._storage.write(_key(collection, item_id), codec.encode(record).encode())
+            self._redis.hset(keys.records(collection.name), item_id, codec.encode(record))
+
+    def find(self, collection: Collection[T], item_id: str) -> T | None:
+        """The record of ``item_id``, or None."""
+        cached: Any = self._redis.hget(keys.records(collection.name), item_id)
+        if cached is not None:
+            return codec.decode(collection.record, cached)
+        try:
+            stored = self._storage.read(_key(collection, item_id))
+        except (NotFound, Invalid):
+            return None
+        self._redis.hset(keys.records(collection.name), item_id, stored)
+        return codec.decode(collection.record, stored)
+
+    def get(self, collection: Collection[T], item_id: str, *, param: str | None = None) -> T:
+        """The record of ``item_id``; NotFound names the ids there are."""
+        record = self.find(collection, item_id)
+        if record is None:
+            ids: Any = self._redis.hkeys(keys.records(collection.name))
+            known = ", ".join(sorted(ids)[:10]) or "none yet"
+            raise NotFound(
+                f"{collection.noun}_not_found",
+                f"There is no {collection.noun} {item_id!r}. Known: {known}.",
+                param=param,
+            )
+        return record
+
+    def all(self, collection: Collection[T]) -> list[T]:
+        """Every record of the collection, by id."""
+        raw: Any = self._redis.hgetall(keys.records(collection.name))
+        return [codec.decode(collection.record, raw[item_id]) for item_id in sorted(raw)]
+
+    def rebuild(self) -> int:
+        """Copy every record that storage holds into Redis; returns how many."""
+        restored = 0
+        for collection in ALL:
+            for item_id in self._storage.folders(collection.name):
+                restored += self.find(collection, item_id) is not None
+        return restored
+
+
+def _key(collection: Collection[Any], item_id: str) -> str:
+    return f"{collection.name}/{item_id}/record.json"

@@ -1,0 +1,71 @@
+"""The only reader of environment variables: every setting, its default and why.
+
+Each field is read from ``WHENCE_<NAME>`` (``REDIS_URL`` is accepted as well for the Redis address).
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="WHENCE_", populate_by_name=True, extra="ignore")
+
+    home: Path = Field(Path(".whence"), description="Folder of the one-machine stack: data, logs, Redis.")
+    storage_url: str = Field(
+        "",
+        description="Where models, datasets, indexes live: a folder or an fsspec URL. Default: HOME/storage.",
+    )
+    redis_url: SecretStr = Field(
+        SecretStr(""),
+        validation_alias=AliasChoices("WHENCE_REDIS_URL", "REDIS_URL"),
+        description="Redis address. Default of `whence up`: an embedded server on a private unix socket.",
+    )
+    roots: str = Field(
+        "",
+        description=f"Folders a path in a request may point into, joined by '{os.pathsep}'. Default: none.",
+    )
+    host: str = Field("127.0.0.1", description="Address the api listens on.")
+    port: int = Field(8311, ge=0, le=65535, description="Port the api listens on.")
+    max_upload_bytes: int = Field(8 << 30, ge=1, description="Largest dataset accepted, uncompressed.")
+    max_line_bytes: int = Field(32 << 20, ge=1, description="Longest line of a dataset accepted.")
+
+    ray_address: str = Field(
+        "", description="Ray cluster to join ('auto' or host:port). Default: the dispatcher starts its own."
+    )
+    workers: int = Field(0, ge=0, description="Ray actors. Default: one per GPU, else one per CPU core, at most 8.")
+    worker_threads: int = Field(1, ge=1, description="torch threads per worker.")
+    worker_cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker.")
+    shard_size: int = Field(256, ge=1, description="Examples per shard: the unit of retry, resume and progress.")
+    token_budget: int = Field(8192, ge=16, description="Padded tokens per batch; more is faster until memory ends.")
+    dtype: str = Field(
+        "float32", pattern="^(float32|bfloat16|float16)$", description="Precision models are loaded in."
+    )
+
+    lease_s: float = Field(
+        15.0, gt=0.3, description="A job whose dispatcher is silent for this long is taken over."
+    )
+    max_attempts: int = Field(5, ge=1, description="Claims after which a job that kills its dispatcher is failed.")
+    shard_attempts: int = Field(3, ge=1, description="Workers that may die on one shard before the job fails.")
+    search_threads: int = Field(
+        default_factory=lambda: min(8, os.cpu_count() or 1), ge=1, description="Threads of one FAISS search."
+    )
+    max_k: int = Field(10_000, ge=1, description="Most hits one query may ask for.")
+
+    @cached_property
+    def storage_root(self) -> str:
+        """The storage address as fsspec understands it."""
+        return self.storage_url or str((self.home / "storage").absolute())
+
+    @cached_property
+    def allowed_roots(self) -> tuple[Path, ...]:
+        """Folders that paths in requests may point into, symbolic links resolved."""
+        return tuple(Path(part).expanduser().resolve() for part in self.roots.split(os.pathsep) if part)
+
+
+def load_settings() -> Settings:
+    """Settings from the environment; raises pydantic's ValidationError naming the variable that is off."""
+    return Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)

@@ -1,0 +1,1 @@
+"""Everything that touches a model: torch, transformers and Ray live only here."""

@@ -1,0 +1,84 @@
+"""Composition root of the dispatcher: Redis, storage, the engine and the Ray driver.
+
+    python -m workers.main
+
+Settings come from the environment (service/settings.py). SIGTERM or SIGINT puts the running job back in
+the queue and leaves; kill -9 is fine too: the job is taken over when its lease runs out.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+import ray
+
+from service.dispatcher import Dispatcher
+from service.errors import DomainError
+from service.jobs import Jobs
+from service.redis_server import connect
+from service.registry import Registry
+from service.settings import Settings, load_settings
+from service.storage import Storage
+from workers.engine import RayEngine
+from workers.pool import WorkerPool
+
+log = logging.getLogger("whence.dispatcher")
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = load_settings()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        redis = connect(settings.redis_url.get_secret_value())
+        redis.ping()
+        storage = Storage(settings.storage_root)
+        registry = Registry(redis, storage)
+        registry.rebuild()
+        pool = _start_ray(settings)
+    except DomainError as error:
+        log.error("%s", error)
+        return 1
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    engine = RayEngine(redis, registry, storage, pool)
+    log.info("dispatcher %s is ready", name)
+    try:
+        Dispatcher(
+            Jobs(redis), engine, name=name, lease_s=settings.lease_s, max_attempts=settings.max_attempts
+        ).run(stop)
+    finally:
+        pool.close()
+        ray.shutdown()
+    log.info("dispatcher %s has stopped", name)
+    return 0
+
+
+def _start_ray(settings: Settings) -> WorkerPool:
+    """Join the configured cluster, or start Ray on this machine."""
+    environment = {"OMP_NUM_THREADS": str(settings.worker_threads), "TOKENIZERS_PARALLELISM": "false"}
+    if settings.ray_address:
+        ray.init(address=settings.ray_address, log_to_driver=False, runtime_env={"env_vars": environment})
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, settings.workers),
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": environment},
+        )
+    return WorkerPool(
+        settings.storage_root,
+        workers=settings.workers,
+        threads=settings.worker_threads,
+        cpus_per_worker=settings.worker_cpus,
+        shard_attempts=settings.shard_attempts,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Shards over Ray actors: hand out, collect, replace actors that die, give up on a shard that kills them."""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from service.contracts import ShardManifest, ShardTask
+from service.errors import DomainError
+from workers.actor import RemoteShardWorker
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_PING_S = 30.0
+_MOST_CPU_WORKERS = 8
+
+
+class WorkerPool:
+    """A fixed number of actors, created when first needed and kept between jobs: the model stays loaded."""
+
+    def __init__(
+        self, storage_root: str, *, workers: int, threads: int, cpus_per_worker: float, shard_attempts: int
+    ) -> None:
+        self._storage_root = storage_root
+        self._wanted = workers
+        self._threads = threads
+        self._cpus = cpus_per_worker
+        self._attempts = shard_attempts
+        self._idle: list[Any] = []
+
+    def run(
+        self,
+        tasks: Sequence[ShardTask],
+        *,
+        on_done: Callable[[ShardTask, ShardManifest], None],
+        check: Callable[[], None],
+        log_event: Callable[..., None],
+    ) -> None:
+        """Process every task; ``on_done`` is called as they finish, in any order.
+
+        ``check`` is called at least every half second and may raise to stop. Raises the DomainError of a
+        task, or DomainError ``shard_kills_workers`` when one shard has cost ``shard_attempts`` workers.
+        """
+        self._drop_dead()
+        waiting, running = deque(tasks), {}
+        deaths: Counter[str] = Counter()
+        try:
+            while waiting or running:
+                check()
+                while waiting and (actor := self._take(len(running))) is not None:
+                    task = waiting.popleft()
+                    running[actor.process.remote(task)] = (actor, task)
+                if not running:  # no resources yet: nodes may still join
+                    time.sleep(_POLL_S)
+                    continue
+                ready, _ = ray.wait(list(running), timeout=_POLL_S)
+                for reference in ready:
+                    actor, task = running.pop(reference)
+                    try:
+                        manifest = ray.get(reference)
+                    except RayActorError as error:
+                        deaths[task.key] += 1
+                        log.warning("a worker died on shard %d (%s)", task.number, error)
+                        if deaths[task.key] >= self._attempts:
+                            raise _poisonous(task, self._attempts) from error
+                        log_event(
+                            f"A worker died on shard {task.number}; the shard is done again.", shard=task.number
+                        )
+                        waiting.appendleft(task)
+                        continue
+                    except DomainError:
+                        self._idle.append(actor)
+                        raise
+                    self._idle.append(actor)
+                    on_done(task, manifest)
+        finally:
+            # What still runs is not waited for: its shard is idempotent, but the actor is busy with it.
+            for actor, _ in running.values():
+                ray.kill(actor)
+
+    def close(self) -> None:
+        for actor in self._idle:
+            ray.kill(actor)
+        self._idle.clear()
+
+    def _drop_dead(self) -> None:
+        """Forget actors that died while idle, so that no shard is blamed for them."""
+        alive = []
+        for actor in self._idle:
+            try:
+                ray.get(actor.pid.remote(), timeout=_PING_S)
+                alive.append(actor)
+            except (RayActorError, GetTimeoutError):
+                ray.kill(actor)
+        self._idle = alive
+
+    def _take(self, running: int) -> Any | None:
+        """An idle actor, or a new one while fewer than wanted exist."""
+        if self._idle:
+            return self._idle.pop()
+        if running >= self._size():
+            return None
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        options = {"num_cpus": self._cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        return RemoteShardWorker.options(**options).remote(self._storage_root, self._threads)
+
+    def _size(self) -> int:
+        """How many actors the cluster has room for now; asked again, since nodes come and go."""
+        resources = ray.cluster_resources()
+        room = int(resources.get("GPU", 0)) or min(_MOST_CPU_WORKERS, int(resources.get("CPU", 0) // self._cpus))
+        return min(self._wanted, room) if self._wanted else room
+
+
+def _poisonous(task: ShardTask, attempts: int) -> DomainError:
+    return DomainError(
+        "shard_kills_workers",
+        f"Shard {task.number} (examples {task.start} to {task.stop - 1} of dataset {task.dataset.id!r}) cost "
+        f"{attempts} workers, most likely out of memory. Lower WHENCE_TOKEN_BUDGET or max_length; what is finished "
+        "is kept, so submit the job again.",
+        param="dataset",
+        context={"shard": task.number, "start": task.start, "stop": task.stop},
+    )
