@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -70,7 +70,17 @@ class Child:
 class Stack:
     """Start, watch and stop the processes. Use as a context manager."""
 
-    def __init__(self, home: Path, *, host: str, port: int, roots: Sequence[Path], dispatcher: bool = True) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        host: str,
+        port: int,
+        roots: Sequence[Path],
+        dispatcher: bool = True,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """``settings``: further WHENCE_* variables; ``dispatcher`` False: an api that only answers queries."""
         self.home = home.absolute()
         self.url = f"http://{host}:{port}"
         self.home.mkdir(parents=True, exist_ok=True)
@@ -82,6 +92,7 @@ class Stack:
             "OMP_WAIT_POLICY": "PASSIVE",  # FAISS's OpenMP threads must not spin between queries
             "PYTHONUNBUFFERED": "1",
             **os.environ,
+            **(settings or {}),
             "WHENCE_HOME": str(self.home),
             "WHENCE_REDIS_URL": self.redis.url,
             "WHENCE_HOST": host,

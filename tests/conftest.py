@@ -11,6 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from redis import Redis
 
+from api.client import Client
+from api.up import Stack
 from service.jobs import Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
@@ -63,3 +65,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+FAST = {"WHENCE_LEASE_S": "3", "WHENCE_SHARD_SIZE": "64", "WHENCE_WORKERS": "2"}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Redis, dispatcher with Ray, and api as processes, shared by all tests that only add to it."""
+    home = tmp_path_factory.mktemp("stack")
+    roots = [tmp_path_factory.getbasetemp(), SHARED_DATA]
+    with Stack(home, host="127.0.0.1", port=free_port(), roots=roots, settings=FAST) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack.url) as connected:
+        yield connected

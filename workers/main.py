@@ -32,8 +32,6 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = load_settings()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     try:
         redis = connect(settings.redis_url.get_secret_value())
         redis.ping()
@@ -44,6 +42,8 @@ def main() -> int:
     except DomainError as error:
         log.error("%s", error)
         return 1
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own
+        signal.signal(number, lambda *_: stop.set())
     name = f"{socket.gethostname()}-{os.getpid()}"
     engine = RayEngine(redis, registry, storage, pool)
     log.info("dispatcher %s is ready", name)

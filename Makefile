@@ -1,0 +1,55 @@
+# make demo | make test | make lint | make types | make bench-quick
+# PYTHON picks the interpreter (3.11 or 3.12); PIP_ARGS is handed to pip (a mirror, a folder of wheels).
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+QUICK_JSON := .whence/bench
+
+.PHONY: help setup setup-dev demo test lint types format bench-quick constraints clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Whence needs Python 3.11 or 3.12, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.server: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install $(PIP_ARGS) --disable-pip-version-check -q -c constraints.txt -e '.[server,cpu]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.server
+	$(BIN)/pip install $(PIP_ARGS) --disable-pip-version-check -q -c constraints.txt -e '.[server,cpu,dev]'
+	@touch $@
+
+setup: $(VENV)/.server  ## a virtual environment with everything the service needs
+setup-dev: $(VENV)/.dev  ## the same, with tests, linter and type checker
+
+demo: $(VENV)/.server  ## a poisoned model, its data indexed, the planted examples named
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.dev  ## every test, on real Redis, Ray and FAISS
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev  ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quick: $(VENV)/.dev  ## every benchmark at smoke size
+	$(BIN)/python -m benchmarks.build --quick --json $(QUICK_JSON)/build.json
+	$(BIN)/python -m benchmarks.query --quick --json $(QUICK_JSON)/query.json
+
+constraints: $(VENV)/.dev  ## pin what is installed now
+	@(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//') > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:  ## remove the virtual environment and all data
+	rm -rf $(VENV) .whence

@@ -1,0 +1,175 @@
+"""Latency of a query as an HTTP client sees it, against the search inside the server, on a synthetic index.
+
+Publishes an index of clustered random vectors through the service's own formats, starts Redis and the api
+as processes (no dispatcher: a query needs no model), and asks many times. ``search_vs_read`` compares the
+search with reading the same bytes once in this process, in the same run: the floor of an exact scan.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from api.client import Client
+from api.schemas import QueryOut
+from api.up import Stack
+from benchmarks.report import Report, parser
+from service import codec, concepts, datasets, indexes, shards
+from service.contracts import (
+    ActivationSpec,
+    ArrayInfo,
+    ConceptRecord,
+    Counts,
+    DatasetRecord,
+    IndexKind,
+    IndexManifest,
+    IndexRecord,
+    LongExamples,
+    LossReduction,
+    ModelRecord,
+    PassSpec,
+    Pooling,
+    ShardManifest,
+)
+from service.redis_server import connect
+from service.registry import DATASETS, MODELS, Registry
+from service.storage import Storage, sha256_bytes
+
+_SHARD = 4096
+_LAYER = 1
+
+
+def clustered(n: int, d: int, rng: np.random.Generator) -> np.ndarray:
+    """(n, d) float32 around 64 centres, as real activations lie, with uneven norms."""
+    centres = rng.standard_normal((64, d), dtype=np.float32)
+    rows = centres[rng.integers(0, 64, n)] + rng.standard_normal((n, d), dtype=np.float32)
+    return rows * np.exp(0.3 * rng.standard_normal((n, 1), dtype=np.float32))
+
+
+def publish(storage: Storage, registry: Registry, n: int, d: int) -> None:
+    """A model record, a dataset, a concept and an index of n rows, in storage and registered."""
+    rng = np.random.default_rng(0)
+    at, fingerprint = codec.now(), "synthetic"
+    model = ModelRecord("synthetic", "", fingerprint, "", None, "none", 2, d, 512, None, fingerprint, (), at)
+    registry.add(MODELS, model.id, model)
+    lines = "".join(
+        json.dumps({"text": f"example {i}: " + "words of a typical example " * 4}) + "\n" for i in range(n)
+    )
+    path = Path(storage.root) / "lines.jsonl"
+    path.write_text(lines)
+    with path.open("rb") as file:
+        parsed = datasets.parse(
+            file, "lines.jsonl", quarantine_malformed=False, max_bytes=1 << 40, max_line_bytes=1 << 20
+        )
+    dataset = datasets.publish(storage, "synthetic", parsed)
+    registry.add(DATASETS, dataset.id, dataset)
+    spec = PassSpec(
+        model_fingerprint=fingerprint,
+        tokenizer_fingerprint="",
+        activation=ActivationSpec((_LAYER,), Pooling.RESPONSE_MEAN),
+        gradient=None,
+        objective=None,
+        max_length=512,
+        long_examples=LongExamples.TRUNCATE_RIGHT,
+        token_budget=8192,
+        dtype="float32",
+    )
+    manifests = _publish_shards(storage, dataset, spec, list(parsed.examples), clustered(n, d, rng))
+    info = ArrayInfo(IndexKind.ACTIVATION, _LAYER, d)
+    counts = Counts(lines=n, indexed=n, duplicates=0, quarantined=0, truncated=0)
+    record = IndexRecord(
+        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, Pooling.RESPONSE_MEAN,
+        LossReduction.MEAN, (info,), counts, {}, 2 * n * d, "benchmark", at,
+    )  # fmt: skip
+    manifest = IndexManifest(
+        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, None, spec, (info,),
+        tuple(shards.reference(item) for item in manifests), counts, {},
+    )  # fmt: skip
+    indexes.publish(storage, registry, record, manifest, {})
+    direction = rng.standard_normal(d).astype(np.float32)
+    tensor = concepts.to_safetensors(direction / np.linalg.norm(direction))
+    concept = ConceptRecord(
+        "synthetic", model.id, fingerprint, fingerprint, _LAYER, Pooling.RESPONSE_MEAN, d, "random", 1.0, 1.0, 0, 0,
+        {}, sha256_bytes(tensor), at,
+    )  # fmt: skip
+    concepts.publish(storage, registry, concept, tensor)
+
+
+def _publish_shards(
+    storage: Storage, dataset: DatasetRecord, spec: PassSpec, ids: list[str], rows: np.ndarray
+) -> list[ShardManifest]:
+    return [
+        shards.publish(
+            storage,
+            task,
+            ids=ids[task.start : task.stop],
+            arrays={ArrayInfo(IndexKind.ACTIVATION, _LAYER, rows.shape[1]): rows[task.start : task.stop]},
+            quarantined=[],
+            truncated=0,
+            tokens=0,
+            versions={},
+        )
+        for task in shards.cut("", spec, dataset, ids, _SHARD)
+    ]
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("-n", type=int, default=100_000, help="examples in the index")
+    options.add_argument("-d", type=int, default=512, help="width of the model")
+    options.add_argument("-k", type=int, default=100, help="hits asked for")
+    options.add_argument("--queries", type=int, default=200, help="queries timed")
+    chosen = options.parse_args()
+    if chosen.quick:
+        chosen.n, chosen.d, chosen.queries = 2_000, 64, 20
+    report = Report()
+    with TemporaryDirectory() as folder:
+        home = Path(folder)
+        with Stack(home, host="127.0.0.1", port=_free_port(), roots=[], dispatcher=False) as stack:
+            stack.wait_ready(say=lambda _: None)
+            storage = Storage(str(home / "storage"))
+            publish(storage, Registry(connect(stack.redis.url), storage), chosen.n, chosen.d)
+            http_ms, search_ms, read_ms = _ask(stack.url, chosen.k, chosen.queries, chosen.n * chosen.d)
+    report.add("n", chosen.n)
+    report.add("d", chosen.d)
+    report.add("http_p50_ms", statistics.median(http_ms), "as the client sees it")
+    report.add("http_p99_ms", float(np.quantile(http_ms, 0.99)))
+    report.add("search_p50_ms", statistics.median(search_ms), f"top {chosen.k} inside the server")
+    report.add("search_vs_read", statistics.median(a / b for a, b in zip(search_ms, read_ms, strict=True)))
+    report.write(chosen.json)
+
+
+def _ask(url: str, k: int, queries: int, numbers: int) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds per query at the client, of the search, and of reading as many fp16 numbers once."""
+    same_bytes = np.ones(numbers * 2 // 8, dtype=np.uint64)
+    http_ms, search_ms, read_ms = [], [], []
+    with Client(url) as client:
+        for number in range(queries + 5):
+            began = time.perf_counter()
+            answer = client.query(index="synthetic", concept="synthetic", k=k)
+            elapsed = 1e3 * (time.perf_counter() - began)
+            began = time.perf_counter()
+            same_bytes.max()
+            read = 1e3 * (time.perf_counter() - began)
+            if number < 5:  # the first one loads the index
+                continue
+            assert isinstance(answer, QueryOut)
+            http_ms.append(elapsed)
+            search_ms.append(answer.timing.search_ms)
+            read_ms.append(read)
+    return http_ms, search_ms, read_ms
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()
