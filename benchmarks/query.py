@@ -90,7 +90,7 @@ def publish(storage: Storage, registry: Registry, n: int, d: int) -> None:
     )  # fmt: skip
     indexes.publish(storage, registry, record, manifest, {})
     direction = rng.standard_normal(d).astype(np.float32)
-    tensor = concepts.to_safetensors(direction / np.linalg.norm(direction))
+    tensor = concepts.to_safetensors(direction / np.float32(np.linalg.norm(direction)))
     concept = ConceptRecord(
         "synthetic", model.id, fingerprint, fingerprint, _LAYER, Pooling.RESPONSE_MEAN, d, "random", 1.0, 1.0, 0, 0,
         {}, sha256_bytes(tensor), at,
