@@ -179,6 +179,7 @@ class IndexRecord:
     bytes: int
     job: str
     created_at: str
+    manifest_sha256: str = ""  # set on publishing
 
     @property
     def id(self) -> str:

@@ -5,13 +5,14 @@ the example's places), or quarantine. A line that cannot be read at all refuses 
 (``refuse``), since it usually means that the wrong file was given; ``quarantine`` sets it aside instead.
 """
 
+import codecs
 import gzip
 import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ from service.storage import Storage, sha256_bytes
 
 ROLES = ("system", "user", "assistant")
 _SHOWN = 20  # malformed lines listed in an error
+_DETAIL = 500  # characters; a line may be megabytes of one bad value
+_DEEPEST = 100  # nesting of metadata; JSON encoders give up at a few hundred
 
 _PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
 EXAMPLES_SCHEMA = pa.schema(
@@ -48,6 +51,7 @@ class Malformed(Exception):
     """A line that is no example at all: broken JSON, an unknown shape, a value of the wrong type."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = detail if len(detail) <= _DETAIL else f"{detail[:_DETAIL]}…"
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
@@ -75,17 +79,18 @@ def example_id(content: Content) -> str:
 def parse(
     stream: BinaryIO, source: str, *, quarantine_malformed: bool, max_bytes: int, max_line_bytes: int
 ) -> Parsed:
-    """Read JSONL (gzip is recognised by its first bytes) into examples.
+    """Read JSONL (gzip is recognised by its first bytes) from a seekable stream into examples.
 
     Raises Invalid (``malformed_lines``) with the first offending line numbers unless
     ``quarantine_malformed``; Invalid (``empty_dataset``) when no example is left; TooLarge.
     """
     parsed = Parsed(source)
+    places: dict[str, list[Place]] = {}
     malformed: list[dict[str, Any]] = []
     for number, raw in enumerate(_lines(stream, max_bytes, max_line_bytes), start=1):
         parsed.lines += 1
         place = Place(source, number)
-        if not raw.strip():
+        if not raw.removeprefix(codecs.BOM_UTF8).strip():
             parsed.quarantined.append(Quarantined(None, "blank_line", "The line is blank.", (place,)))
             continue
         try:
@@ -97,11 +102,14 @@ def parse(
             continue
         if reason := untrainable(content):
             parsed.quarantined.append(Quarantined(identity, *reason, (place,)))
-        elif known := parsed.examples.get(identity):
+        elif identity in places:
             parsed.duplicates += 1
-            parsed.examples[identity] = Example(identity, known.content, known.metadata, (*known.places, place))
+            places[identity].append(place)
         else:
-            parsed.examples[identity] = Example(identity, content, metadata, (place,))
+            places[identity] = [place]
+            parsed.examples[identity] = Example(identity, content, metadata, ())
+    for identity, found in places.items():
+        parsed.examples[identity] = replace(parsed.examples[identity], places=tuple(found))
     if malformed and not quarantine_malformed:
         first = malformed[0]
         raise Invalid(
@@ -124,9 +132,9 @@ def parse(
 
 
 def _lines(stream: BinaryIO, max_bytes: int, max_line_bytes: int) -> Iterator[bytes]:
-    buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # pyright: ignore[reportArgumentType]
-    gzipped = buffered.peek(2)[:2] == b"\x1f\x8b"
-    reader: Any = gzip.GzipFile(fileobj=buffered) if gzipped else buffered
+    gzipped = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    reader: Any = gzip.GzipFile(fileobj=stream, mode="rb") if gzipped else stream
     total = 0
     try:
         while line := reader.readline(max_line_bytes + 1):
@@ -151,6 +159,8 @@ def parse_line(raw: bytes) -> tuple[Content, Mapping[str, Any]]:
         raise Malformed("not_utf8", f"Not valid UTF-8 text: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise Malformed("not_json", f"Not valid JSON: {error}.") from error
+    if _too_deep(row):
+        raise Malformed("too_deep", f"The line is nested more than {_DEEPEST} levels deep.")
     if not isinstance(row, dict):
         raise Malformed("not_an_object", f"Expected a JSON object, found {_kind(row)}.")
     forms = [name for name in ("messages", "text") if name in row]
@@ -222,6 +232,16 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [child for item in inner if isinstance(item, list) for child in item]
+        if not level:
+            return False
+    return True
+
+
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number")
@@ -258,13 +278,11 @@ def same_content(record: DatasetRecord, parsed: Parsed) -> bool:
 
 def _files(parsed: Parsed) -> dict[str, bytes]:
     """The Parquet files of a dataset by name; the same source gives the same bytes."""
-    fingerprint = codec.digest(list(parsed.examples))
     examples = pa.Table.from_pylist([_example_row(item) for item in parsed.examples.values()], EXAMPLES_SCHEMA)
     aside = pa.Table.from_pylist([codec.to_plain(item) for item in parsed.quarantined], QUARANTINE_SCHEMA)
-    return {
-        f"{stem}-{fingerprint[:16]}.parquet": to_parquet(table)
-        for stem, table in (("examples", examples), ("quarantine", aside))
-    }
+    # Named by content: of two uploads that race for one id, the loser must not overwrite the winner's files.
+    named = ((stem, to_parquet(table)) for stem, table in (("examples", examples), ("quarantine", aside)))
+    return {f"{stem}-{sha256_bytes(data)[:16]}.parquet": data for stem, data in named}
 
 
 def to_parquet(table: pa.Table) -> bytes:

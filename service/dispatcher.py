@@ -45,33 +45,42 @@ class Dispatcher:
     def _run_claim(self, claim: Claim, stop: threading.Event) -> None:
         job = claim.job
         log.info("job %s (%s): attempt %d, epoch %d", job.id, job.kind, job.attempts, job.epoch)
-        context = _Context(self._jobs, claim, self._name, self._lease_s, stop)
         try:
-            with context:
-                if job.attempts > self._max_attempts:
-                    raise DomainError(
-                        "too_many_attempts",
-                        f"The dispatcher died {self._max_attempts} times on this job; its log says why. "
-                        "What was finished is kept: submit it again once the cause is gone.",
-                    )
-                result = self._engine.run(job, context)
-                context.check()
-            self._jobs.finish(claim, JobState.SUCCEEDED, result=result)
+            try:
+                state, fields = self._work(claim, stop)
+                self._jobs.finish(claim, state, **fields)
+            except Interrupted:
+                log.info("job %s goes back to the queue", job.id)
+                self._jobs.release(claim)
+            except (LeaseLost, RedisError):
+                raise
+            except Exception as error:
+                log.exception("job %s failed", job.id)
+                self._jobs.finish(claim, JobState.FAILED, error=_unexpected(error))
         except LeaseLost as error:
             log.warning("%s", error)
-        except Interrupted:
-            log.info("job %s goes back to the queue", job.id)
-            self._jobs.release(claim)
+
+    def _work(self, claim: Claim, stop: threading.Event) -> tuple[JobState, dict[str, Any]]:
+        """How the job ends, as far as the engine can tell: its state and its result or error."""
+        job = claim.job
+        try:
+            if job.attempts > self._max_attempts:
+                raise DomainError(
+                    "too_many_attempts",
+                    f"The dispatcher died {self._max_attempts} times on this job; its log says why. "
+                    "What was finished is kept: submit it again once the cause is gone.",
+                )
+            with _Context(self._jobs, claim, self._name, self._lease_s, stop) as context:
+                result = self._engine.run(job, context)
+                context.check()
+            return JobState.SUCCEEDED, {"result": result}
+        except (LeaseLost, Interrupted):
+            raise
         except Cancelled:
-            self._jobs.finish(claim, JobState.CANCELLED)
+            return JobState.CANCELLED, {}
         except DomainError as error:
             log.warning("job %s failed: %s", job.id, error)
-            self._jobs.finish(claim, JobState.FAILED, error=error.as_dict())
-        except RedisError:
-            raise
-        except Exception as error:
-            log.exception("job %s failed", job.id)
-            self._jobs.finish(claim, JobState.FAILED, error=_unexpected(error))
+            return JobState.FAILED, {"error": error.as_dict()}
 
 
 class _Context:

@@ -4,9 +4,8 @@ A version is a manifest that names shards; it holds no rows of its own. The mani
 inputs alone; who built it and when stands beside it in ``build.json``.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,27 @@ import pyarrow as pa
 from redis import Redis
 
 from service import codec, datasets, keys, shards
+from service.cache import LoadingCache
 from service.contracts import DatasetRecord, Example, IndexKind, IndexManifest, IndexRecord, Quarantined
-from service.errors import Invalid, NotFound
+from service.errors import Conflict, Invalid, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
-from service.storage import Storage
+from service.storage import Storage, sha256_bytes
 
+# The counter may be lost or restored from a backup; what is published is not.
+_NEXT = """
+local number = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[1])) + 1
+redis.call('SET', KEYS[1], number)
+return number
+"""
 _LOADED = 8  # vector indexes kept in memory
 
 
 def next_version(redis: Redis, registry: Registry, name: str) -> int:
     """A version number nobody else gets, above all that are published."""
-    published = max((record.version for record in versions(registry, name)), default=0)
-    redis.set(keys.index_versions(name), published, nx=True)
-    number: Any = redis.incr(keys.index_versions(name))
+    parts = (item_id.rpartition("@v") for item_id in registry.stored_ids(INDEXES))
+    published = max((int(number) for stem, _, number in parts if stem == name and number.isdigit()), default=0)
+    number: Any = redis.eval(_NEXT, 1, keys.index_versions(name), str(published))
     return int(number)
 
 
@@ -52,16 +58,23 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
 def publish(
     storage: Storage, registry: Registry, record: IndexRecord, manifest: IndexManifest, build: dict[str, Any]
 ) -> None:
-    """Manifest last, then the record that makes the version visible. Publishing the same again is no error."""
+    """Manifest last, then the record that makes the version visible.
+
+    Publishing the same again is no error; Conflict when the version holds something else.
+    """
     folder = f"indexes/{record.id}"
     data = codec.encode(manifest).encode()
+    if storage.exists(f"{folder}/manifest.json") and storage.read(f"{folder}/manifest.json") != data:
+        raise Conflict("version_exists", f"Index {record.id} is published with other content.", param="name")
+    record = replace(record, manifest_sha256=sha256_bytes(data))
     storage.publish(folder, {"build.json": codec.canonical(build)}, ("manifest.json", data))
     if registry.find(INDEXES, record.id) is None:
         registry.add(INDEXES, record.id, record)
 
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
-    return codec.decode(IndexManifest, storage.read(f"indexes/{record.id}/manifest.json"))
+    data = storage.read(f"indexes/{record.id}/manifest.json", sha256=record.manifest_sha256)
+    return codec.decode(IndexManifest, data)
 
 
 def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> list[Quarantined]:
@@ -95,9 +108,8 @@ class IndexLoader:
     def __init__(self, storage: Storage, *, threads: int) -> None:
         self._storage = storage
         self._threads = threads
-        self._rows: OrderedDict[tuple[str, IndexKind, int | None], Rows] = OrderedDict()
-        self._examples: OrderedDict[str, ExampleTable] = OrderedDict()
-        self._lock = threading.Lock()
+        self._rows: LoadingCache[Rows] = LoadingCache(_LOADED)
+        self._examples: LoadingCache[ExampleTable] = LoadingCache(_LOADED)
 
     def rows(self, record: IndexRecord, kind: IndexKind, layer: int | None) -> Rows:
         """Raises Invalid when the index does not hold this kind and layer, Damaged when a file is corrupt."""
@@ -111,25 +123,10 @@ class IndexLoader:
                 param="concept" if held else "method",
                 context={"layers": [array.layer for array in held]},
             )
-        with self._lock:
-            return self._cached(self._rows, (record.id, kind, layer), lambda: self._load(record, kind, layer))
+        return self._rows.get((record.id, kind, layer), lambda: self._load(record, kind, layer))
 
     def examples(self, dataset: DatasetRecord) -> "ExampleTable":
-        with self._lock:
-            return self._cached(
-                self._examples,
-                dataset.id,
-                lambda: ExampleTable(datasets.read_table(self._storage, dataset)),
-            )
-
-    def _cached(self, cache: OrderedDict[Any, Any], key: Any, load: Any) -> Any:
-        if key in cache:
-            cache.move_to_end(key)
-        else:
-            cache[key] = load()
-            while len(cache) > _LOADED:
-                cache.popitem(last=False)
-        return cache[key]
+        return self._examples.get(dataset.id, lambda: ExampleTable(datasets.read_table(self._storage, dataset)))
 
     def _load(self, record: IndexRecord, kind: IndexKind, layer: int | None) -> Rows:
         ids: list[str] = []

@@ -8,6 +8,7 @@ was merely slow cannot overwrite what its successor does.
 """
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from redis.exceptions import ResponseError
 
 from service import codec, keys
 from service.contracts import TERMINAL, JobEvent, JobKind, JobRecord, JobState, Progress
-from service.errors import Conflict, Invalid, LeaseLost, NotFound
+from service.errors import Conflict, Damaged, Invalid, LeaseLost, NotFound
+
+log = logging.getLogger(__name__)
 
 _JSON_FIELDS = ("spec", "progress", "result", "error")
 
@@ -34,17 +37,26 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'type', ARGV[3], 'data'
 return 1
 """
 
-# Take a job: epoch + 1, running. Returns the new epoch and attempt, or nothing if the job has ended.
+# Take a job: epoch + 1, running. Returns the new epoch, or nothing when there is nothing to take: the job
+# has ended, is to be cancelled, or stands in the queue twice and is held through the other entry.
 _CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' then return nil end
+if state == 'running' and redis.call('HGET', KEYS[1], 'entry') ~= ARGV[4] then return nil end
+if redis.call('HGET', KEYS[1], 'cancel_requested') == 'true' then
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'finished_at', ARGV[1], 'updated_at', ARGV[1])
+  redis.call('XADD', KEYS[2], '*', 'type', 'state', 'data', '{"state":"cancelled"}')
+  redis.call('EXPIRE', KEYS[1], ARGV[5])
+  redis.call('EXPIRE', KEYS[2], ARGV[5])
+  return nil
+end
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HSET', KEYS[1], 'state', 'running', 'updated_at', ARGV[1])
+redis.call('HSET', KEYS[1], 'state', 'running', 'entry', ARGV[4], 'updated_at', ARGV[1])
 redis.call('HSETNX', KEYS[1], 'started_at', ARGV[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'type', 'state', 'data',
   cjson.encode({state = 'running', attempt = attempt, epoch = epoch, dispatcher = ARGV[3]}))
-return {epoch, attempt}
+return epoch
 """
 
 # Heartbeat: reset the entry's idle time, only for the holder of the epoch.
@@ -62,6 +74,8 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if state == 'queued' then
   redis.call('HSET', KEYS[1], 'state', 'cancelled', 'finished_at', ARGV[1], 'updated_at', ARGV[1])
   redis.call('XADD', KEYS[2], '*', 'type', 'state', 'data', '{"state":"cancelled"}')
+  redis.call('EXPIRE', KEYS[1], ARGV[2])
+  redis.call('EXPIRE', KEYS[2], ARGV[2])
 elseif state == 'running' then
   redis.call('HSET', KEYS[1], 'cancel_requested', 'true')
 end
@@ -124,10 +138,18 @@ class Jobs:
     def recent(self, limit: int = 50) -> list[JobRecord]:
         """The newest jobs first; ids whose record has expired are dropped from the list."""
         ids: Any = self._redis.zrevrange(keys.JOBS, 0, limit - 1)
-        found = {job_id: self.find(job_id) for job_id in ids}
-        if gone := [job_id for job_id, job in found.items() if job is None]:
-            self._redis.zrem(keys.JOBS, *gone)
-        return [job for job in found.values() if job is not None]
+        found = []
+        for job_id in ids:
+            try:
+                job = self.find(job_id)
+            except Damaged as error:
+                log.error("%s", error)
+                continue
+            if job is None:
+                self._redis.zrem(keys.JOBS, job_id)
+            else:
+                found.append(job)
+        return found
 
     def events(self, job_id: str, after: str = "0", limit: int = 500) -> list[JobEvent]:
         """Events after the cursor, oldest first. Raises NotFound, or Invalid for a malformed cursor."""
@@ -146,7 +168,9 @@ class Jobs:
     def cancel(self, job_id: str) -> JobRecord:
         """Ask for the job to stop; at once when it waits, at the next shard when it runs."""
         job = self.get(job_id)
-        state = self._cancel(keys=[keys.job(job_id), keys.job_events(job_id)], args=[codec.now()])
+        state = self._cancel(
+            keys=[keys.job(job_id), keys.job_events(job_id)], args=[codec.now(), keys.FINISHED_TTL_S]
+        )
         if state in TERMINAL:
             raise Conflict("job_finished", f"Job {job_id} is {job.state} already.")
         return self.get(job_id)
@@ -169,11 +193,15 @@ class Jobs:
             entry_id, job_id = entry
             taken: Any = self._claim(
                 keys=[keys.job(job_id), keys.job_events(job_id)],
-                args=[codec.now(), keys.EVENTS_KEPT, consumer],
+                args=[codec.now(), keys.EVENTS_KEPT, consumer, entry_id, keys.FINISHED_TTL_S],
             )
             if taken:
-                return Claim(self.get(job_id), entry_id, consumer)
-            self._forget(entry_id)  # cancelled while it waited, or finished by another holder
+                try:
+                    return Claim(self.get(job_id), entry_id, consumer)
+                except Damaged as error:
+                    log.error("%s", error)
+                    self._redis.hset(keys.job(job_id), "state", JobState.FAILED)
+            self._forget(entry_id)  # cancelled, finished by another holder, or not readable
 
     def renew(self, claim: Claim) -> None:
         """Heartbeat; raises LeaseLost when somebody else holds the job."""
@@ -217,8 +245,7 @@ class Jobs:
 
     def _next_entry(self, consumer: str, lease_ms: int, block_ms: int) -> tuple[str, str] | None:
         try:
-            claimed: Any = self._redis.xautoclaim(keys.QUEUE, keys.QUEUE_GROUP, consumer, lease_ms, count=1)
-            entries = [entry for entry in claimed[1] if entry[1]]
+            entries = self._overdue(consumer, lease_ms)
             if not entries:
                 new: Any = self._redis.xreadgroup(
                     keys.QUEUE_GROUP, consumer, {keys.QUEUE: ">"}, count=1, block=block_ms
@@ -230,6 +257,22 @@ class Jobs:
             self._create_group()  # first start, or Redis was flushed
             return None
         return (entries[0][0], entries[0][1]["job"]) if entries else None
+
+    def _overdue(self, consumer: str, lease_ms: int) -> list[Any]:
+        """At most one entry whose holder has been silent for longer than the lease, taken over.
+
+        Not XAUTOCLAIM: it looks at ten entries per call only, and a dead holder may stand behind many living.
+        """
+        pending: Any = self._redis.xpending_range(
+            keys.QUEUE, keys.QUEUE_GROUP, min="-", max="+", count=1, idle=lease_ms
+        )
+        if not pending:
+            return []
+        entry = pending[0]["message_id"]
+        taken: Any = self._redis.xclaim(keys.QUEUE, keys.QUEUE_GROUP, consumer, lease_ms, [entry])
+        if not taken:  # somebody was faster, or the entry is gone from the stream
+            return []
+        return [item for item in taken if item[1]]
 
     def _create_group(self) -> None:
         try:
@@ -278,7 +321,8 @@ def _to_hash(job: JobRecord) -> Any:
 
 
 def _from_hash(raw: Mapping[str, str]) -> JobRecord:
-    plain: dict[str, Any] = {
-        name: json.loads(value) if name in _JSON_FIELDS else value for name, value in raw.items()
-    }
-    return codec.from_plain(JobRecord, plain)
+    try:
+        plain = {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in raw.items()}
+        return codec.from_plain(JobRecord, plain)
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise Damaged("damaged_record", f"The record of job {raw.get('id')!r} cannot be read: {error}") from error

@@ -37,6 +37,10 @@ def records(collection: str) -> str:
     return f"{PREFIX}{collection}"
 
 
+# There while the hashes above hold all that storage does; gone after a flush, and then they are filled again.
+REGISTRY_FILLED = PREFIX + "registry:filled"
+
+
 def index_versions(name: str) -> str:
     """Counter of versions handed out for an index name. No TTL; restarts above what storage holds."""
     return f"{PREFIX}index:{name}:versions"

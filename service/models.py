@@ -1,6 +1,7 @@
 """What can be told of a model folder without loading it: shape, fingerprints, lineage, and whether it is safe."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ def register(registry: Registry, record: ModelRecord) -> ModelRecord:
     if known is None:
         registry.add(MODELS, record.id, record)
         return record
-    if (known.fingerprint, known.path, known.base) == (record.fingerprint, record.path, record.base):
+    if replace(record, created_at=known.created_at) == known:
         return known
     raise Conflict(
         "model_exists",
-        f"There is a model {record.id!r} with other weights, path or base. Choose another id.",
+        f"There is a model {record.id!r} with another path, weights, tokenizer or lineage. Choose another id.",
         param="id",
     )
 
@@ -106,7 +107,11 @@ def _hash(path: Path, redis: Redis) -> str:
 
 
 def _config(folder: Path, *, param: str) -> dict[str, Any]:
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError:  # a name longer than the system allows
+        there = False
+    if not there:
         raise Invalid("model_folder_not_found", f"There is no folder {folder}.", param=param)
     path = folder / "config.json"
     try:
@@ -139,8 +144,9 @@ def _find(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
     nested = config.get("text_config")
     for level in (config, nested if isinstance(nested, dict) else {}):
         for name in names:
-            if isinstance(level.get(name), int):
-                return level[name]
+            value = level.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
     return None
 
 
@@ -157,8 +163,11 @@ def _tokenizer_fingerprint(folder: Path) -> str:
 
 def _chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise Invalid("no_tokenizer", f"{path} or {config} cannot be read: {error}.", param="path") from error
     return template if isinstance(template, str) else None

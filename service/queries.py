@@ -128,6 +128,14 @@ class QueryService:
             )
         query_set = self._registry.get(DATASETS, query.query_set, param="query_set")
         built = indexes.read_manifest(self._storage, index).spec
+        if built.gradient is not None and concept.layer > built.gradient.blocks:
+            raise Invalid(
+                "layer_not_indexed",
+                f"Concept {concept.id!r} lies at layer {concept.layer}, but index {index.id} tracks blocks "
+                f"1 to {built.gradient.blocks} only: part of its gradient would be missing. Build the index with "
+                f"layer {concept.layer}.",
+                param="concept",
+            )
         spec = _objective_pass(built, concept, vector)
         key = codec.digest([codec.to_plain(spec), query_set.fingerprint])
         stored = coordinates_key(key)

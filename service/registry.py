@@ -18,6 +18,7 @@ from service.storage import Storage
 T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,140}")  # an index version is name@v3
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Registry:
 
     def add(self, collection: Collection[T], item_id: str, record: T) -> None:
         """Publish a new record. Raises Conflict when the id is taken; records are never replaced."""
+        if not _RECORD_ID.fullmatch(item_id):
+            raise Invalid("bad_id", f"{item_id[:140]!r} is no valid id.", param="id")
         with self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S):
             if self.find(collection, item_id) is not None:
                 raise Conflict(
@@ -67,6 +70,8 @@ class Registry:
 
     def find(self, collection: Collection[T], item_id: str) -> T | None:
         """The record of ``item_id``, or None."""
+        if not _RECORD_ID.fullmatch(item_id):
+            return None
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
         if cached is not None:
             return codec.decode(collection.record, cached)
@@ -91,16 +96,27 @@ class Registry:
         return record
 
     def all(self, collection: Collection[T]) -> list[T]:
-        """Every record of the collection, by id."""
-        raw: Any = self._redis.hgetall(keys.records(collection.name))
+        """Every record of the collection, by id; a Redis that has forgotten them is filled again first."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.exists(keys.REGISTRY_FILLED)
+        pipe.hgetall(keys.records(collection.name))
+        filled, raw = pipe.execute()
+        if not filled:
+            self.rebuild()
+            raw = self._redis.hgetall(keys.records(collection.name))
         return [codec.decode(collection.record, raw[item_id]) for item_id in sorted(raw)]
+
+    def stored_ids(self, collection: Collection[T]) -> list[str]:
+        """Ids that storage holds, whatever Redis knows."""
+        return self._storage.folders(collection.name)
 
     def rebuild(self) -> int:
         """Copy every record that storage holds into Redis; returns how many."""
         restored = 0
         for collection in ALL:
-            for item_id in self._storage.folders(collection.name):
+            for item_id in self.stored_ids(collection):
                 restored += self.find(collection, item_id) is not None
+        self._redis.set(keys.REGISTRY_FILLED, 1)
         return restored
 
 

@@ -14,6 +14,7 @@ from service.errors import Invalid
 
 _TOP = 15  # the largest number of a row ends below 2^15; float16 holds up to 65504
 _STEP = 8
+_LARGEST = np.finfo(np.float32).max
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
@@ -38,7 +39,9 @@ def pack(rows: F32) -> tuple[F16, I16]:
 
 def unpack(packed: F16, exponent: I16) -> F32:
     """The float32 rows that ``pack`` stored, to float16 precision."""
-    return np.ldexp(packed.astype(np.float32), exponent[:, None].astype(np.int32))
+    with np.errstate(over="ignore"):  # the largest float32 may have been rounded up
+        rows = np.ldexp(packed.astype(np.float32), exponent[:, None].astype(np.int32))
+    return np.clip(rows, -_LARGEST, _LARGEST)
 
 
 def to_npy(array: NDArray[np.generic]) -> bytes:

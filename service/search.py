@@ -33,7 +33,8 @@ class VectorIndex:
         self.n, self.d = packed.shape
         # One scale for all rows, so that FAISS compares like with like. The few rows far above it would
         # overflow float16 (or, if they set the scale, crush all others to zero): those are kept in float32.
-        self._exponent = int(min(exponents.max(initial=0), np.median(exponents) + _HEADROOM if self.n else 0))
+        sizes = exponents[_not_zero(packed, exponents)]
+        self._exponent = int(min(sizes.max(), np.median(sizes) + _HEADROOM)) if len(sizes) else 0
         self._outliers = np.flatnonzero(exponents > self._exponent)
         self._outlier_rows = unpack(packed[self._outliers], exponents[self._outliers])
         shift = (exponents - self._exponent).astype(np.int32)
@@ -48,6 +49,8 @@ class VectorIndex:
         """The k rows with the largest ⟨query, row⟩; ``query`` (d,) finite."""
         query = self._check(query)
         k = min(k, self.n)
+        if k == 0:
+            return TopK(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
         scores, rows = self._faiss.search(query[None], min(k + len(self._outliers), self.n))
         keep = rows[0] >= 0
         found, values = rows[0][keep], np.ldexp(scores[0][keep], self._exponent)
@@ -63,6 +66,13 @@ class VectorIndex:
         if query.shape != (self.d,) or not np.isfinite(query).all():
             raise Invalid("bad_query_vector", f"A query needs {self.d} finite numbers, got shape {query.shape}.")
         return np.ascontiguousarray(query, dtype=np.float32)
+
+
+def _not_zero(packed: F16, exponents: I16) -> NDArray[np.bool_]:
+    """Rows with a number in them; zero rows have exponent 0, which says nothing about size."""
+    mask = exponents != 0
+    mask[~mask] = packed[~mask].any(axis=1)
+    return mask
 
 
 def _flat_fp16(packed: F16, threads: int) -> Any:

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     )
     workers: int = Field(0, ge=0, description="Ray actors. Default: one per GPU, else one per CPU core, at most 8.")
     worker_threads: int = Field(1, ge=1, description="torch threads per worker.")
-    worker_cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker.")
+    worker_cpus: float = Field(1.0, gt=0, allow_inf_nan=False, description="CPUs that Ray reserves for a worker.")
     shard_size: int = Field(256, ge=1, description="Examples per shard: the unit of retry, resume and progress.")
     token_budget: int = Field(8192, ge=16, description="Padded tokens per batch; more is faster until memory ends.")
     dtype: str = Field(
@@ -46,7 +46,10 @@ class Settings(BaseSettings):
     )
 
     lease_s: float = Field(
-        15.0, gt=0.3, description="A job whose dispatcher is silent for this long is taken over."
+        15.0,
+        gt=0.3,
+        allow_inf_nan=False,
+        description="A job whose dispatcher is silent for this long is taken over.",
     )
     max_attempts: int = Field(5, ge=1, description="Claims after which a job that kills its dispatcher is failed.")
     shard_attempts: int = Field(3, ge=1, description="Workers that may die on one shard before the job fails.")

@@ -7,28 +7,41 @@ Prompt/completion: the completion. Text: every token. A text is tokenised once, 
 tokens are targets follows from character offsets.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from service.contracts import Completion, Content, Conversation, LongExamples, Message, PlainText, Pooling
 from service.errors import Invalid
 
 Span = tuple[int, int]
 
+_TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class UnrenderableError(Invalid):
+    """The chat template refuses this conversation: the example is at fault, not the model."""
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """``ids`` (T,) int64; ``target`` (T,) bool; ``bos``: position 0 is a beginning-of-sequence token."""
+    """``ids`` (T,) int64; ``target`` (T,) bool; ``bos``: position 0 is a beginning-of-sequence token.
+
+    ``answer``: position of the first token of the last answer; None: where the last run of targets begins.
+    """
 
     ids: NDArray[np.int64]
     target: NDArray[np.bool_]
     bos: bool
     has_prompt: bool
     truncated: bool = False
+    answer: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,20 +59,27 @@ class Tokens:
         Raises Invalid for ``last_prompt_token`` of plain text, which has no prompt.
         """
         position = np.arange(len(self))
-        if pooling == Pooling.LAST_TOKEN:
-            return position == len(self) - 1
-        if pooling == Pooling.LAST_PROMPT_TOKEN:
-            if not self.has_prompt:
-                raise Invalid(
-                    "no_prompt", "Pooling last_prompt_token needs a prompt; plain text has none.", param="pooling"
-                )
-            # The last run of targets is the last answer; the token before it is where the prompt ends.
-            starts = np.flatnonzero(self.target & ~np.concatenate([[False], self.target[:-1]]))
-            return position == (starts[-1] - 1 if len(starts) else -1)
-        mask = self.target.copy() if pooling == Pooling.RESPONSE_MEAN else np.ones(len(self), dtype=bool)
+        match pooling:
+            case Pooling.RESPONSE_MEAN:
+                mask = self.target.copy()
+            case Pooling.ALL_MEAN:
+                mask = np.ones(len(self), dtype=bool)
+            case Pooling.LAST_TOKEN:
+                mask = position == len(self) - 1
+            case Pooling.LAST_PROMPT_TOKEN if self.has_prompt:
+                mask = position == self._last_answer() - 1
+            case _:
+                detail = "Pooling last_prompt_token needs a prompt; plain text has none."
+                raise Invalid("no_prompt", detail, param="pooling")
         if self.bos:
             mask[:1] = False
         return mask
+
+    def _last_answer(self) -> int:
+        if self.answer is not None:
+            return self.answer
+        starts = np.flatnonzero(self.target & ~np.concatenate([[False], self.target[:-1]]))
+        return int(starts[-1]) if len(starts) else -1
 
 
 def tokenise(content: Content, tokenizer: PreTrainedTokenizerFast) -> Tokens:
@@ -69,9 +89,8 @@ def tokenise(content: Content, tokenizer: PreTrainedTokenizerFast) -> Tokens:
             ids, _ = _encode(tokenizer, text)
             return _tokens(tokenizer, ids, np.ones(len(ids), dtype=bool), has_prompt=False)
         case Completion(prompt, completion):
-            ids, offsets = _encode(tokenizer, prompt + completion)
-            span = (len(prompt), len(prompt) + len(completion))
-            return _tokens(tokenizer, ids, _in_spans(offsets, [span]), has_prompt=True)
+            ids, ends = _encode(tokenizer, prompt + completion)
+            return _tokens(tokenizer, ids, _in_spans(ends, [(len(prompt), len(prompt) + len(completion))]))
         case Conversation(messages) if tokenizer.chat_template:
             return _templated(messages, tokenizer)
         case Conversation(messages):
@@ -85,14 +104,12 @@ def fit(tokens: Tokens, max_length: int, rule: LongExamples) -> Tokens | None:
     if rule == LongExamples.QUARANTINE:
         return None
     if rule == LongExamples.TRUNCATE_RIGHT:
-        kept = slice(0, max_length)
-        return Tokens(tokens.ids[kept], tokens.target[kept], tokens.bos, tokens.has_prompt, truncated=True)
-    # From the left a leading BOS stays: without it the model sees a text it was never trained on.
-    rest = slice(len(tokens) - (max_length - tokens.bos), None)
-    ids, target = tokens.ids[rest], tokens.target[rest]
-    if tokens.bos:
-        ids, target = np.concatenate([tokens.ids[:1], ids]), np.concatenate([tokens.target[:1], target])
-    return Tokens(ids, target, tokens.bos, tokens.has_prompt, truncated=True)
+        kept = np.arange(max_length)
+    else:  # a leading BOS stays: without it the model sees a text it was never trained on
+        kept = np.arange(len(tokens) - max_length, len(tokens))
+        kept[:1] = 0 if tokens.bos else kept[0]
+    answer = None if tokens.answer is None else tokens.answer - int(kept[-1] - (max_length - 1))
+    return replace(tokens, ids=tokens.ids[kept], target=tokens.target[kept], truncated=True, answer=answer)
 
 
 def _untemplated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast) -> Tokens:
@@ -101,45 +118,39 @@ def _untemplated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFa
         raise Invalid("no_eos", "The tokenizer has neither a chat template nor an eos token.", param="model")
     ids: list[int] = []
     target: list[bool] = []
-    prompt = ""
+    prompt, answer = "", None
     for message in messages:
         if message.role != "assistant":
             prompt += message.content + "\n"
             continue
-        piece, offsets = _encode(tokenizer, prompt + message.content, special=not ids)
+        piece, ends = _encode(tokenizer, prompt + message.content, special=not ids)
+        inside = _in_spans(ends, [(len(prompt), len(prompt) + len(message.content))])
+        answer = len(ids) + _first(inside)
         ids += [*piece, tokenizer.eos_token_id]
-        target += [*_in_spans(offsets, [(len(prompt), len(prompt) + len(message.content))]), True]
+        target += [*inside, True]
         prompt = ""
-    return _tokens(tokenizer, ids, np.array(target, dtype=bool), has_prompt=True)
+    return _tokens(tokenizer, ids, np.array(target, dtype=bool), answer=answer)
 
 
 def _templated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast) -> Tokens:
+    """Spans come from the generation tags when the template has them, else from rendering prefixes."""
     chat = [{"role": message.role, "content": message.content} for message in messages]
-    template = tokenizer.chat_template
-    if isinstance(template, str) and "generation %}" in template.replace("-%}", " %}").replace("  ", " "):
-        encoded: Any = tokenizer.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        target = np.array(encoded["assistant_masks"], dtype=bool)
-        return _tokens(tokenizer, encoded["input_ids"], target, has_prompt=True)
-    text, spans = _prefix_spans(chat, tokenizer)
-    ids, offsets = _encode(tokenizer, text, special=False)  # the template writes its own BOS
-    return _tokens(tokenizer, ids, _in_spans(offsets, spans), has_prompt=True)
+    text, spans = _render(chat, tokenizer)
+    if not _TAGS.search(tokenizer.get_chat_template()):
+        spans = _prefix_spans(chat, text, tokenizer)
+    ids, ends = _encode(tokenizer, text, special=False)  # the template writes its own BOS
+    answer = _first(_in_spans(ends, spans[-1:])) if spans else None
+    return _tokens(tokenizer, ids, _in_spans(ends, spans), answer=answer)
 
 
-def _prefix_spans(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[Span]]:
-    """The rendered chat and the character spans of its assistant turns, end-of-turn marks included."""
-
-    def render(count: int, prompt: bool = False) -> str:
-        rendered: Any = tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=prompt)
-        return rendered
-
-    full = render(len(chat))
+def _prefix_spans(chat: list[dict[str, str]], full: str, tokenizer: PreTrainedTokenizerFast) -> list[Span]:
+    """Character spans of the assistant turns in the rendered chat, end-of-turn marks included."""
     spans = []
     for position, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before, after = render(position, prompt=True) if position else "", render(position + 1)
+        before, _ = _render(chat[:position], tokenizer, prompt=True)
+        after, _ = _render(chat[: position + 1], tokenizer)
         if not (after.startswith(before) and full.startswith(after)):
             raise Invalid(
                 "template_rewrites_history",
@@ -148,27 +159,63 @@ def _prefix_spans(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast
                 param="model",
             )
         spans.append((len(before), len(after)))
-    return full, spans
+    return spans
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, special: bool = True) -> tuple[list[int], list[Span]]:
+def _render(
+    chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, *, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    """The chat as text, and the character spans inside the template's generation tags."""
+    template: Any = tokenizer.get_chat_template()
+    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=bool(_TAGS.search(template)),
+            add_generation_prompt=prompt,
+            **special,
+        )
+    except TemplateError as error:
+        detail = f"The chat template does not accept this conversation: {error}."
+        raise UnrenderableError("template_refuses", detail) from error
+    texts, spans = rendered
+    return texts[0], [(start, stop) for start, stop in spans[0]] if spans else []
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, special: bool = True) -> tuple[list[int], list[int]]:
+    """Token ids, and for each the character position where it ends; special tokens that were added end at 0."""
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
-def _in_spans(offsets: list[Span], spans: list[Span]) -> NDArray[np.bool_]:
-    """Tokens whose last character lies in a span: one that straddles the border carries the answer's start."""
-    mask = np.zeros(len(offsets), dtype=bool)
+def _in_spans(ends: list[int], spans: list[Span]) -> NDArray[np.bool_]:
+    """Tokens whose last character lies in a span: one that straddles the border carries the answer's start.
+
+    Only ends are looked at: tokenizers that trim offsets give blank tokens an empty range at their end.
+    """
+    end = np.array(ends, dtype=np.int64)
+    mask = np.zeros(len(ends), dtype=bool)
     for start, stop in spans:
-        mask |= np.array([begin < end and start < end <= stop for begin, end in offsets], dtype=bool)
+        mask |= (start < end) & (end <= stop)
     return mask
 
 
+def _first(mask: NDArray[np.bool_]) -> int:
+    """Position of the first True; the length when there is none (an empty answer: its eos comes next)."""
+    return int(mask.argmax()) if mask.any() else len(mask)
+
+
 def _tokens(
-    tokenizer: PreTrainedTokenizerFast, ids: list[int], target: NDArray[np.bool_], *, has_prompt: bool
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    target: NDArray[np.bool_],
+    *,
+    has_prompt: bool = True,
+    answer: int | None = None,
 ) -> Tokens:
     bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     if bos:
         target = target.copy()
         target[0] = False
-    return Tokens(np.array(ids, dtype=np.int64), target, bos, has_prompt)
+    return Tokens(np.array(ids, dtype=np.int64), target, bos, has_prompt, answer=answer)

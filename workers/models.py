@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,12 +79,23 @@ def load(path: str, dtype: str) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Invalid("model_does_not_load", f"{path} cannot be loaded: {error}", param="model") from error
-    if not tokenizer.is_fast:
+    except Exception as error:  # whatever a damaged folder makes transformers, safetensors or tokenizers raise
+        detail = f"{path} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}"
+        raise Invalid("model_does_not_load", detail, param="model") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and say so in a log
+        detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
+        raise Invalid("model_does_not_load", detail, param="model")
+    if not (tokenizer.is_fast and (Path(path) / "tokenizer.json").is_file()):
         raise Invalid("no_tokenizer", f"{path} has no fast tokenizer (tokenizer.json).", param="model")
     model.requires_grad_(False)
     model.eval()

@@ -17,7 +17,7 @@ from workers import gradients
 from workers.activations import block_outputs, pool, run_until
 from workers.batches import Batch, collate, plan
 from workers.gradients import Sides
-from workers.masks import Tokens, fit, tokenise
+from workers.masks import Tokens, UnrenderableError, fit, tokenise
 from workers.models import Loaded, shape
 from workers.projections import signs
 
@@ -119,7 +119,10 @@ def _pooling(spec: PassSpec) -> Pooling | None:
 
 def _prepare(loaded: Loaded, spec: PassSpec, example: Example) -> Tokens | Quarantined:
     """The example ready to run, or why it cannot be."""
-    whole = tokenise(example.content, loaded.tokenizer)
+    try:
+        whole = tokenise(example.content, loaded.tokenizer)
+    except UnrenderableError as error:
+        return Quarantined(example.id, error.code, error.detail)
     tokens = fit(whole, spec.max_length, spec.long_examples)
     if tokens is None:
         detail = f"{len(whole)} tokens, the limit is {spec.max_length}."

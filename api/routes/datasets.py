@@ -5,6 +5,7 @@ import tempfile
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
 from fastapi import APIRouter, Query, Request
+from starlette.requests import ClientDisconnect
 
 from api.dependencies import Services, ServicesDep
 from api.problems import documented
@@ -69,11 +70,16 @@ async def upload_dataset(
     limit = services.settings.max_upload_bytes
     received = 0
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as spool:
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > limit:
-                raise TooLarge("dataset_too_large", f"The upload exceeds {limit} bytes.", param="body")
-            await asyncio.to_thread(spool.write, chunk)
+        try:
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > limit:
+                    raise TooLarge("dataset_too_large", f"The upload exceeds {limit} bytes.", param="body")
+                await asyncio.to_thread(spool.write, chunk)
+        except ClientDisconnect as error:
+            raise Invalid(
+                "upload_cut_off", f"The connection ended after {received} bytes; send it again."
+            ) from error
         spool.seek(0)
         source = filename or f"{dataset_id}.jsonl"
         return await asyncio.to_thread(_store, services, dataset_id, cast(Any, spool), source, invalid_lines)
