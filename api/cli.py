@@ -79,7 +79,15 @@ def up(
     ] = None,
 ) -> None:
     """Run the whole service on this machine: Redis, dispatcher with Ray, api. Ctrl-C stops it."""
-    from api.up import run
+    try:
+        from api.up import run
+    except ModuleNotFoundError as error:
+        errors.print(
+            f"[red]error[/red] {error.name} is missing: this is the client-only install. For the service itself: "
+            "pip install 'whence\\[server,cpu]'",
+            highlight=False,
+        )
+        raise typer.Exit(1) from None
     from service.errors import DomainError
 
     try:
