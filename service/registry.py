@@ -4,6 +4,7 @@ Storage is the truth. Redis answers lists and look-ups quickly; when it has forg
 (flushed, replaced), ``get`` falls back to storage and ``rebuild`` restores everything.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,8 +13,10 @@ from redis import Redis
 
 from service import codec, keys
 from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
-from service.errors import Conflict, Invalid, NotFound
+from service.errors import Conflict, Damaged, Invalid, NotFound
 from service.storage import Storage
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,7 +72,7 @@ class Registry:
             self._redis.hset(keys.records(collection.name), item_id, codec.encode(record))
 
     def find(self, collection: Collection[T], item_id: str) -> T | None:
-        """The record of ``item_id``, or None."""
+        """The record of ``item_id``, or None. Raises Damaged when storage holds something unreadable."""
         if not _RECORD_ID.fullmatch(item_id):
             return None
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
@@ -79,8 +82,14 @@ class Registry:
             stored = self._storage.read(_key(collection, item_id))
         except (NotFound, Invalid):
             return None
+        try:
+            record = codec.decode(collection.record, stored)
+        except ValueError as error:
+            raise Damaged(
+                "damaged_record", f"{_key(collection, item_id)} cannot be read: {error}", param=item_id
+            ) from error
         self._redis.hset(keys.records(collection.name), item_id, stored)
-        return codec.decode(collection.record, stored)
+        return record
 
     def get(self, collection: Collection[T], item_id: str, *, param: str | None = None) -> T:
         """The record of ``item_id``; NotFound names the ids there are."""
@@ -111,11 +120,14 @@ class Registry:
         return self._storage.folders(collection.name)
 
     def rebuild(self) -> int:
-        """Copy every record that storage holds into Redis; returns how many."""
+        """Copy every record that storage holds into Redis; returns how many. Damaged ones are logged."""
         restored = 0
         for collection in ALL:
             for item_id in self.stored_ids(collection):
-                restored += self.find(collection, item_id) is not None
+                try:
+                    restored += self.find(collection, item_id) is not None
+                except Damaged as error:
+                    log.error("left out: %s", error)
         self._redis.set(keys.REGISTRY_FILLED, 1)
         return restored
 
