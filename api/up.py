@@ -91,6 +91,7 @@ class Stack:
         environment = {
             "OMP_WAIT_POLICY": "PASSIVE",  # FAISS's OpenMP threads must not spin between queries
             "PYTHONUNBUFFERED": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
             **os.environ,
             **(settings or {}),
             "WHENCE_HOME": str(self.home),

@@ -51,7 +51,7 @@ def inspect(
         id=model_id,
         path=str(folder),
         fingerprint=fingerprint,
-        tokenizer_fingerprint=_tokenizer_fingerprint(folder),
+        tokenizer_fingerprint=tokenizer_fingerprint(folder),
         chat_template_sha256=sha256_bytes(template.encode()) if template else None,
         architecture=(config.get("architectures") or ["unknown"])[0],
         n_layers=_first(config, _LAYERS),
@@ -156,7 +156,8 @@ def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
     return value
 
 
-def _tokenizer_fingerprint(folder: Path) -> str:
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 over the tokenizer's files, chat template included: another one gives other tokens and masks."""
     present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     return codec.digest([[path.name, sha256_file(path)] for path in present])
 

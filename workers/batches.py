@@ -52,6 +52,7 @@ def collate(
     for row, tokens in enumerate(examples):
         stop = len(tokens)
         ids[row, :stop] = tokens.ids
+        ids[row, stop:] = tokens.ids[-1]  # a token of its own: another one's embedding might be damaged
         predicted = tokens.predicted
         share = max(1, predicted.sum()) if reduction == LossReduction.MEAN else 1
         loss_weight[row, :stop] = predicted / share

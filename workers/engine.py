@@ -30,7 +30,7 @@ from service.contracts import (
     ShardTask,
 )
 from service.errors import Conflict, Invalid
-from service.models import weights_fingerprint
+from service.models import tokenizer_fingerprint, weights_fingerprint
 from service.queries import coordinates_key
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.rows import F32, to_npy
@@ -171,12 +171,14 @@ class RayEngine:
     # --- what they share ----------------------------------------------------------------------------
 
     def _model(self, model_id: str, spec: PassSpec) -> ModelRecord:
-        """The model, if its folder still holds the weights that were registered."""
+        """The model, if its folder still holds the weights and the tokenizer that were registered."""
         model = self._registry.get(MODELS, model_id, param="model")
-        if weights_fingerprint(Path(model.path), self._redis, param="model") != spec.model_fingerprint:
+        folder = Path(model.path)
+        found = weights_fingerprint(folder, self._redis, param="model"), tokenizer_fingerprint(folder)
+        if found != (spec.model_fingerprint, spec.tokenizer_fingerprint):
             raise Conflict(
                 "model_changed",
-                f"The weights in {model.path} are not those registered as {model_id!r}. "
+                f"The weights or the tokenizer in {folder} are not those registered as {model_id!r}. "
                 "Register them under a new id.",
                 param="model",
             )

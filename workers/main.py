@@ -34,7 +34,6 @@ def main() -> int:
     stop = threading.Event()
     try:
         redis = connect(settings.redis_url.get_secret_value())
-        redis.ping()
         storage = Storage(settings.storage_root)
         registry = Registry(redis, storage)
         registry.rebuild()

@@ -23,6 +23,7 @@ from service.errors import Invalid
 Span = tuple[int, int]
 
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class UnrenderableError(Invalid):
@@ -116,14 +117,15 @@ def _untemplated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFa
     """Each stretch up to an assistant turn is one text; an eos, a target as well, closes it."""
     if tokenizer.eos_token_id is None:
         raise Invalid("no_eos", "The tokenizer has neither a chat template nor an eos token.", param="model")
-    ids: list[int] = []
-    target: list[bool] = []
+    written: Any = tokenizer("")["input_ids"]  # only the BOS of these: the eos is ours to write
+    ids: list[int] = [token for token in written[:1] if token == tokenizer.bos_token_id]
+    target: list[bool] = [False] * len(ids)
     prompt, answer = "", None
     for message in messages:
         if message.role != "assistant":
             prompt += message.content + "\n"
             continue
-        piece, ends = _encode(tokenizer, prompt + message.content, special=not ids)
+        piece, ends = _encode(tokenizer, prompt + message.content, special=False)
         inside = _in_spans(ends, [(len(prompt), len(prompt) + len(message.content))])
         answer = len(ids) + _first(inside)
         ids += [*piece, tokenizer.eos_token_id]
@@ -136,7 +138,7 @@ def _templated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast
     """Spans come from the generation tags when the template has them, else from rendering prefixes."""
     chat = [{"role": message.role, "content": message.content} for message in messages]
     text, spans = _render(chat, tokenizer)
-    if not _TAGS.search(tokenizer.get_chat_template()):
+    if not _has_tags(tokenizer.get_chat_template()):
         spans = _prefix_spans(chat, text, tokenizer)
     ids, ends = _encode(tokenizer, text, special=False)  # the template writes its own BOS
     answer = _first(_in_spans(ends, spans[-1:])) if spans else None
@@ -172,7 +174,7 @@ def _render(
         rendered: Any = render_jinja_template(
             conversations=[chat],
             chat_template=template,
-            return_assistant_tokens_mask=bool(_TAGS.search(template)),
+            return_assistant_tokens_mask=_has_tags(template),
             add_generation_prompt=prompt,
             **special,
         )
@@ -181,6 +183,10 @@ def _render(
         raise UnrenderableError("template_refuses", detail) from error
     texts, spans = rendered
     return texts[0], [(start, stop) for start, stop in spans[0]] if spans else []
+
+
+def _has_tags(template: str) -> bool:
+    return _TAGS.search(_COMMENT.sub("", template)) is not None
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, special: bool = True) -> tuple[list[int], list[int]]:

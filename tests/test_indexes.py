@@ -1,0 +1,356 @@
+"""Published indexes: numbers never given twice, versions never changed, every flipped byte noticed."""
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redis import Redis
+
+from service import codec, datasets, indexes, keys, shards
+from service.contracts import (
+    ActivationSpec,
+    ArrayInfo,
+    Counts,
+    DatasetRecord,
+    IndexKind,
+    IndexManifest,
+    IndexRecord,
+    LongExamples,
+    LossReduction,
+    PassSpec,
+    Pooling,
+    Quarantined,
+)
+from service.errors import Conflict, Damaged, Invalid, NotFound
+from service.indexes import IndexLoader, Rows
+from service.redis_server import EmbeddedRedis, connect
+from service.registry import DATASETS, INDEXES, Registry
+from service.rows import F32
+from service.storage import Storage
+
+D = 8
+LAYERS = (1, 3)
+ARRAYS = tuple(ArrayInfo(IndexKind.ACTIVATION, layer, D) for layer in LAYERS)
+SPEC = PassSpec(
+    model_fingerprint="f",
+    tokenizer_fingerprint="t",
+    activation=ActivationSpec(LAYERS, Pooling.RESPONSE_MEAN),
+    gradient=None,
+    objective=None,
+    max_length=128,
+    long_examples=LongExamples.TRUNCATE_RIGHT,
+    token_budget=4096,
+    dtype="float32",
+)
+SOURCE = b"".join(b'{"text": "example %d", "n": %d}\n' % (n, n) for n in range(10)) + b"\n" + b'{"text": ""}\n'
+
+
+class Shelf:
+    """Indexes made by hand: ten examples in shards of four, the last one quarantined by the build."""
+
+    def __init__(self, registry: Registry, storage: Storage) -> None:
+        self.registry, self.storage = registry, storage
+        self.dataset = self.add_dataset("d")
+
+    def add_dataset(self, name: str) -> DatasetRecord:
+        parsed = datasets.parse(
+            BytesIO(SOURCE), "f.jsonl", quarantine_malformed=False, max_bytes=1 << 20, max_line_bytes=1 << 20
+        )
+        record = datasets.publish(self.storage, name, parsed)
+        self.registry.add(DATASETS, name, record)
+        return record
+
+    @property
+    def ids(self) -> list[str]:
+        return datasets.read_table(self.storage, self.dataset).column("id").to_pylist()
+
+    def rows(self, layer: int) -> F32:
+        return np.random.default_rng(layer).normal(size=(9, D)).astype(np.float32)
+
+    def publish(self, name: str, version: int, *, created_at: str = "now", model: str = "m") -> IndexRecord:
+        manifests = []
+        for task in shards.cut("/m", SPEC, self.dataset, self.ids, 4):
+            stop = min(task.stop, 9)
+            manifests.append(
+                shards.publish(
+                    self.storage,
+                    task,
+                    ids=self.ids[task.start : stop],
+                    arrays={info: self.rows(info.layer or 0)[task.start : stop] for info in ARRAYS},
+                    quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if task.stop == 10 else [],
+                    truncated=0,
+                    tokens=10,
+                    versions={"torch": "x"},
+                )
+            )
+        shared = {
+            "name": name,
+            "version": version,
+            "model": model,
+            "model_fingerprint": "f",
+            "lineage": "f",
+            "dataset": "d",
+            "dataset_fingerprint": self.dataset.fingerprint,
+            "arrays": ARRAYS,
+            "counts": Counts(12, 9, 0, 3, 0),
+            "quarantine_reasons": {"blank_line": 1, "empty_text": 1, "too_long": 1},
+        }
+        record = IndexRecord(
+            **shared,
+            pooling=Pooling.RESPONSE_MEAN,
+            loss_reduction=LossReduction.MEAN,
+            bytes=1,
+            job="job-1",
+            created_at=created_at,
+        )
+        manifest = IndexManifest(
+            **shared, chat_template_sha256=None, spec=SPEC, shards=tuple(map(shards.reference, manifests))
+        )
+        indexes.publish(self.storage, self.registry, record, manifest, {"created_at": created_at})
+        return self.registry.get(INDEXES, record.id)
+
+    def loader(self) -> IndexLoader:
+        return IndexLoader(self.storage, threads=2)
+
+    def path(self, pattern: str) -> Path:
+        return sorted(Path(self.storage.root).glob(pattern))[0]
+
+
+@pytest.fixture
+def shelf(registry: Registry, storage: Storage) -> Shelf:
+    return Shelf(registry, storage)
+
+
+def flip(path: Path, position: float = 0.5, bit: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(position * (len(data) - 1))] ^= bit
+    path.write_bytes(data)
+
+
+# --- versions -----------------------------------------------------------------------------------------
+
+
+def test_versions_count_from_one_for_each_name(registry: Registry, redis: Redis) -> None:
+    assert [indexes.next_version(redis, registry, "a") for _ in range(3)] == [1, 2, 3]
+    assert indexes.next_version(redis, registry, "b") == 1
+
+
+@pytest.mark.parametrize("lost", ["nothing", "counter", "everything", "counter is an old one"])
+def test_the_next_version_lies_above_all_published(
+    shelf: Shelf, registry: Registry, redis: Redis, lost: str
+) -> None:
+    for version in (1, 2, 11):
+        shelf.publish("a", version)
+    shelf.publish("ab", 40)
+    if lost == "counter":
+        redis.delete(keys.index_versions("a"))
+    if lost == "everything":
+        redis.flushall()
+    if lost == "counter is an old one":  # Redis was restored from a backup
+        redis.set(keys.index_versions("a"), 1)
+    assert indexes.next_version(redis, registry, "a") == 12
+    assert indexes.next_version(redis, registry, "a") == 13
+
+
+def test_of_many_that_ask_at_once_each_gets_its_own_version(
+    redis_server: EmbeddedRedis, shelf: Shelf, storage: Storage
+) -> None:
+    shelf.publish("a", 7)
+    clients = [connect(redis_server.url) for _ in range(4)]
+    start = threading.Barrier(len(clients))
+
+    def ask(client: Redis) -> list[int]:
+        start.wait()
+        return [indexes.next_version(client, Registry(client, storage), "a") for _ in range(5)]
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        given = [number for numbers in pool.map(ask, clients) for number in numbers]
+    for client in clients:
+        client.close()
+    assert sorted(given) == list(range(8, 28))
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_its_newest_version_and_a_version_itself(shelf: Shelf, registry: Registry) -> None:
+    records = {version: shelf.publish("a", version) for version in (10, 2, 9)}
+    assert {record.id for record in records.values()} == {"a@v10", "a@v2", "a@v9"}
+    shelf.publish("a-b", 11)
+    assert indexes.resolve(registry, "a") == records[10]
+    assert indexes.resolve(registry, "a@v2") == records[2]
+    assert indexes.versions(registry, "a") == [records[version] for version in (2, 9, 10)]
+
+
+@pytest.mark.parametrize("reference", ["b", "a@v3", "a@", "a@2", "a@v02", "@v1", "a@v1@v1", "../indexes/a@v1", ""])
+def test_what_is_not_published_is_not_found(shelf: Shelf, registry: Registry, reference: str) -> None:
+    shelf.publish("a", 1)
+    with pytest.raises(NotFound, match="Known: a") as missing:
+        indexes.resolve(registry, reference)
+    assert (missing.value.code, missing.value.param) == ("index_not_found", "index")
+
+
+def test_after_redis_forgot_everything_names_resolve_again(shelf: Shelf, registry: Registry, redis: Redis) -> None:
+    newest = [shelf.publish("a", version) for version in (1, 2)][-1]
+    redis.flushall()
+    registry.rebuild()
+    assert indexes.resolve(registry, "a") == newest
+
+
+def test_a_name_never_falls_back_to_an_older_version(shelf: Shelf, registry: Registry, redis: Redis) -> None:
+    for version in (1, 2):
+        shelf.publish("a", version)
+    redis.flushall()
+    indexes.resolve(registry, "a@v1")  # somebody asks for the old one first, and Redis knows that one again
+    assert indexes.resolve(registry, "a").version == 2
+
+
+# --- publishing ---------------------------------------------------------------------------------------
+
+
+def test_publishing_the_same_again_keeps_the_first_record(shelf: Shelf, registry: Registry) -> None:
+    first = shelf.publish("a", 1, created_at="first")
+    shelf.publish("a", 1, created_at="second")
+    assert registry.all(INDEXES) == [first]
+
+
+def test_a_published_version_is_never_replaced(shelf: Shelf, registry: Registry, storage: Storage) -> None:
+    record = shelf.publish("a", 1)
+    before = indexes.read_manifest(storage, record)
+    with pytest.raises(Conflict):
+        shelf.publish("a", 1, model="other")
+    assert indexes.read_manifest(storage, record) == before
+    assert registry.all(INDEXES) == [record]
+
+
+def test_the_manifest_is_decided_by_the_inputs_alone(shelf: Shelf) -> None:
+    shelf.publish("a", 1, created_at="monday")
+    first = shelf.path("indexes/a@v1/manifest.json").read_bytes()
+    for folder in ("indexes", "shards"):
+        shutil.rmtree(Path(shelf.storage.root) / folder)
+    shelf.publish("a", 1, created_at="tuesday")
+    assert shelf.path("indexes/a@v1/manifest.json").read_bytes() == first
+
+
+def test_every_line_of_the_source_that_is_not_indexed_is_told_with_its_place(shelf: Shelf) -> None:
+    record = shelf.publish("a", 1)
+    aside = indexes.quarantined(shelf.storage, shelf.registry, record)
+    assert [(item.reason, item.places[0].line) for item in aside] == [
+        ("blank_line", 11),
+        ("empty_text", 12),
+        ("too_long", 10),
+    ]
+    assert len(aside) == record.counts.lines - record.counts.indexed - record.counts.duplicates
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_rows_of_all_shards_are_searched_under_their_ids(shelf: Shelf, layer: int) -> None:
+    record, vectors = shelf.publish("a", 1), shelf.rows(layer)
+    rows = shelf.loader().rows(record, IndexKind.ACTIVATION, layer)
+    assert list(rows.ids) == shelf.ids[:9]
+    assert (rows.index.n, rows.index.d) == vectors.shape
+    query = np.random.default_rng(9).normal(size=D).astype(np.float32)
+    top = rows.index.search(query, 9)
+    assert top.rows.tolist() == np.argsort(-(vectors @ query)).tolist()
+    assert top.scores == pytest.approx(np.sort(vectors @ query)[::-1], abs=1e-2)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4, None])
+def test_a_layer_that_is_not_indexed_is_refused_with_those_that_are(shelf: Shelf, layer: int | None) -> None:
+    record = shelf.publish("a", 1)
+    with pytest.raises(Invalid, match="it has layers 1, 3") as refused:
+        shelf.loader().rows(record, IndexKind.ACTIVATION, layer)
+    assert (refused.value.code, refused.value.param) == ("layer_not_indexed", "concept")
+    assert refused.value.context == {"layers": [1, 3]}
+
+
+def test_a_kind_that_is_not_indexed_is_refused(shelf: Shelf) -> None:
+    with pytest.raises(Invalid) as refused:
+        shelf.loader().rows(shelf.publish("a", 1), IndexKind.GRADIENT, None)
+    assert (refused.value.code, refused.value.param) == ("kind_not_indexed", "method")
+
+
+FILES = {
+    "rows": "shards/*/*/activation.l1.npy",
+    "exponents": "shards/*/*/activation.l1.exponents.npy",
+    "shard manifest": "shards/*/*/shard.json",
+    "index manifest": "indexes/a@v1/manifest.json",
+}
+
+
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.77, 1.0])
+@pytest.mark.parametrize("file", FILES)
+def test_one_flipped_byte_is_damage_until_it_is_mended(shelf: Shelf, file: str, position: float) -> None:
+    record, loader = shelf.publish("a", 1), shelf.loader()
+    path = shelf.path(FILES[file])
+    flip(path, position)
+    for _ in range(2):
+        with pytest.raises(Damaged):
+            loader.rows(record, IndexKind.ACTIVATION, 1)
+    flip(path, position)
+    assert loader.rows(record, IndexKind.ACTIVATION, 1).index.n == 9
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_told_by_name(shelf: Shelf, file: str) -> None:
+    record = shelf.publish("a", 1)
+    path = shelf.path(FILES[file])
+    path.unlink()
+    with pytest.raises(NotFound, match=path.name):
+        shelf.loader().rows(record, IndexKind.ACTIVATION, 1)
+
+
+def test_a_shard_of_another_shape_is_damage(shelf: Shelf) -> None:
+    # A manifest that is consistent with its files, but not with what it says of them.
+    record = shelf.publish("a", 1)
+    manifest = indexes.read_manifest(shelf.storage, record)
+    shard = shards.read_manifest(shelf.storage, manifest.shards[0].key)
+    short = dataclasses.replace(shard, ids=shard.ids[:-1])
+    with pytest.raises(Damaged):
+        shards.read_packed(shelf.storage, short, IndexKind.ACTIVATION, 1)
+    with pytest.raises(Damaged):
+        shards.read_manifest(shelf.storage, shard.key, sha256=shards.reference(short).sha256)
+
+
+def test_a_loaded_index_answers_without_its_files(shelf: Shelf) -> None:
+    record, loader = shelf.publish("a", 1), shelf.loader()
+    first = loader.rows(record, IndexKind.ACTIVATION, 1)
+    shutil.rmtree(Path(shelf.storage.root) / "shards")
+    assert loader.rows(record, IndexKind.ACTIVATION, 1) is first
+
+
+def test_those_who_ask_at_once_get_the_same_rows(shelf: Shelf) -> None:
+    record, loader, start = shelf.publish("a", 1), shelf.loader(), threading.Barrier(4)
+
+    def ask(_: int) -> Rows:
+        start.wait()
+        return loader.rows(record, IndexKind.ACTIVATION, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    assert all(rows is found[0] for rows in found)
+
+
+def test_examples_come_back_in_the_order_asked_for(shelf: Shelf) -> None:
+    ids = shelf.ids
+    wanted: Sequence[str] = [ids[7], ids[0], ids[9], ids[0]]
+    examples = shelf.loader().examples(shelf.dataset).take(wanted)
+    assert [example.id for example in examples] == wanted
+    assert [example.metadata["n"] for example in examples] == [7, 0, 9, 0]
+
+
+def test_a_reference_names_the_bytes_of_the_manifest(shelf: Shelf) -> None:
+    record = shelf.publish("a", 1)
+    for reference in indexes.read_manifest(shelf.storage, record).shards:
+        manifest = shards.read_manifest(shelf.storage, reference.key, sha256=reference.sha256)
+        assert (manifest.key, len(manifest.ids)) == (reference.key, reference.rows)
+        assert codec.decode(type(manifest), codec.encode(manifest)) == manifest
