@@ -437,7 +437,7 @@ def _table(records: list[Any], columns: tuple[str, ...], as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in {"id", "name"}, overflow="fold")  # what one copies, whole
     for item in plain:
         table.add_row(*(escape(_plain(item.get(column))) for column in columns))
     console.print(table)

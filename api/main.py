@@ -76,8 +76,8 @@ def check_faiss() -> None:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = load_settings()
     try:
+        settings = load_settings()
         check_faiss()
         app = create_app(settings)
     except DomainError as error:

@@ -28,13 +28,10 @@ class LoadingCache(Generic[V]):
             with self._lock:
                 if key in self._values:
                     return self._values[key]
-            try:
-                value = load()
-                with self._lock:
-                    self._values[key] = value
-                    while len(self._values) > self._size:
-                        self._values.popitem(last=False)
-                return value
-            finally:
-                with self._lock:
-                    self._loading.pop(key, None)
+            value = load()  # when it raises, the gate stays for the next one
+            with self._lock:
+                self._values[key] = value
+                self._loading.pop(key, None)
+                while len(self._values) > self._size:
+                    self._values.popitem(last=False)
+            return value

@@ -149,14 +149,14 @@ class _Context:
                 job = self._jobs.find(self._claim.job.id)
                 if job is not None and job.cancel_requested:
                     self._cancelled.set()
-            except LeaseLost:
-                self._lost.set()
-                return
             except RedisError:
                 # Within the lease nobody else may hold the job; after it, somebody may.
                 if time.monotonic() - renewed > self._lease_s:
                     self._lost.set()
                     return
+            except DomainError:  # the lease is lost, or the job's record is damaged: either way not ours
+                self._lost.set()
+                return
 
 
 def _rounded(progress: Progress) -> dict[str, Any]:

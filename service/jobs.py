@@ -191,16 +191,16 @@ class Jobs:
             if entry is None:
                 return None
             entry_id, job_id = entry
-            taken: Any = self._claim(
-                keys=[keys.job(job_id), keys.job_events(job_id)],
-                args=[codec.now(), keys.EVENTS_KEPT, consumer, entry_id, keys.FINISHED_TTL_S],
-            )
-            if taken:
-                try:
+            try:
+                self.find(job_id)  # a record that cannot be read must not be raised to running
+                taken: Any = self._claim(
+                    keys=[keys.job(job_id), keys.job_events(job_id)],
+                    args=[codec.now(), keys.EVENTS_KEPT, consumer, entry_id, keys.FINISHED_TTL_S],
+                )
+                if taken:
                     return Claim(self.get(job_id), entry_id, consumer)
-                except Damaged as error:
-                    log.error("%s", error)
-                    self._redis.hset(keys.job(job_id), "state", JobState.FAILED)
+            except Damaged as error:
+                self._bury(job_id, error)
             self._forget(entry_id)  # cancelled, finished by another holder, or not readable
 
     def renew(self, claim: Claim) -> None:
@@ -280,6 +280,16 @@ class Jobs:
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
+
+    def _bury(self, job_id: str, error: Damaged) -> None:
+        """End a job whose record cannot be read; who asks for it is told so, for as long as jobs are kept."""
+        log.error("%s", error)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hset(keys.job(job_id), mapping={"state": JobState.FAILED, "error": json.dumps(error.as_dict())})
+        _add_event(pipe, job_id, "state", {"state": JobState.FAILED, "error": error.as_dict()})
+        pipe.expire(keys.job(job_id), keys.FINISHED_TTL_S)
+        pipe.expire(keys.job_events(job_id), keys.FINISHED_TTL_S)
+        pipe.execute()
 
     def _forget(self, entry: str) -> None:
         pipe = self._redis.pipeline(transaction=True)

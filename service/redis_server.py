@@ -77,11 +77,10 @@ class EmbeddedRedis:
         self._folder = folder.absolute()
         self._preexec = preexec
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket_folder: str | None = None
         socket = self._folder / "redis.sock"
-        if len(os.fsencode(socket)) > _SOCKET_PATH_LIMIT:
-            self._socket_folder = tempfile.mkdtemp(prefix="whence-")
-            socket = Path(self._socket_folder) / "redis.sock"
+        self._private = len(os.fsencode(socket)) > _SOCKET_PATH_LIMIT
+        if self._private:
+            socket = Path(tempfile.mkdtemp(prefix="whence-")) / "redis.sock"
         self.socket = socket
         self.url = f"unix://{socket}"
 
@@ -92,6 +91,7 @@ class EmbeddedRedis:
     def start(self, *, timeout_s: float = 20.0) -> None:
         """Start the server and wait until it answers. Raises Unavailable with the end of its log."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
         log = self._folder / "redis.log"
         arguments = {
             "port": "0",
@@ -138,5 +138,5 @@ class EmbeddedRedis:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        if self._socket_folder is not None:
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
+        if self._private:
+            shutil.rmtree(self.socket.parent, ignore_errors=True)

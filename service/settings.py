@@ -7,8 +7,10 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import Invalid
 
 
 class Settings(BaseSettings):
@@ -61,7 +63,7 @@ class Settings(BaseSettings):
     @cached_property
     def storage_root(self) -> str:
         """The storage address as fsspec understands it."""
-        return self.storage_url or str((self.home / "storage").absolute())
+        return self.storage_url or str((self.home.expanduser() / "storage").absolute())
 
     @cached_property
     def allowed_roots(self) -> tuple[Path, ...]:
@@ -70,5 +72,12 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Settings from the environment; raises pydantic's ValidationError naming the variable that is off."""
-    return Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
+    """Settings from the environment. Raises Invalid naming the variables that are off."""
+    try:
+        return Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
+    except ValidationError as error:
+        wrong = [
+            f"WHENCE_{str(item['loc'][0]).upper().removeprefix('WHENCE_')}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise Invalid("bad_settings", f"{'; '.join(wrong)}.") from error

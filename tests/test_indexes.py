@@ -26,6 +26,8 @@ from service.contracts import (
     PassSpec,
     Pooling,
     Quarantined,
+    ShardManifest,
+    ShardTask,
 )
 from service.errors import Conflict, Damaged, Invalid, NotFound
 from service.indexes import IndexLoader, Rows
@@ -56,39 +58,39 @@ class Shelf:
 
     def __init__(self, registry: Registry, storage: Storage) -> None:
         self.registry, self.storage = registry, storage
-        self.dataset = self.add_dataset("d")
+        self.dataset = registry.find(DATASETS, "d") or self._add_dataset()
+        self.ids = datasets.read_table(storage, self.dataset).column("id").to_pylist()
 
-    def add_dataset(self, name: str) -> DatasetRecord:
+    def _add_dataset(self) -> DatasetRecord:
         parsed = datasets.parse(
             BytesIO(SOURCE), "f.jsonl", quarantine_malformed=False, max_bytes=1 << 20, max_line_bytes=1 << 20
         )
-        record = datasets.publish(self.storage, name, parsed)
-        self.registry.add(DATASETS, name, record)
+        record = datasets.publish(self.storage, "d", parsed)
+        self.registry.add(DATASETS, "d", record)
         return record
-
-    @property
-    def ids(self) -> list[str]:
-        return datasets.read_table(self.storage, self.dataset).column("id").to_pylist()
 
     def rows(self, layer: int) -> F32:
         return np.random.default_rng(layer).normal(size=(9, D)).astype(np.float32)
 
+    def shard(self, task: ShardTask) -> ShardManifest:
+        if shards.exists(self.storage, task.key):
+            return shards.read_manifest(self.storage, task.key)
+        stop = min(task.stop, 9)
+        return shards.publish(
+            self.storage,
+            task,
+            ids=self.ids[task.start : stop],
+            arrays={info: self.rows(info.layer or 0)[task.start : stop] for info in ARRAYS},
+            quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if task.stop == 10 else [],
+            truncated=0,
+            tokens=10,
+            versions={"torch": "x"},
+        )
+
+    def shards(self) -> list[ShardManifest]:
+        return [self.shard(task) for task in shards.cut("/m", SPEC, self.dataset, self.ids, 4)]
+
     def publish(self, name: str, version: int, *, created_at: str = "now", model: str = "m") -> IndexRecord:
-        manifests = []
-        for task in shards.cut("/m", SPEC, self.dataset, self.ids, 4):
-            stop = min(task.stop, 9)
-            manifests.append(
-                shards.publish(
-                    self.storage,
-                    task,
-                    ids=self.ids[task.start : stop],
-                    arrays={info: self.rows(info.layer or 0)[task.start : stop] for info in ARRAYS},
-                    quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if task.stop == 10 else [],
-                    truncated=0,
-                    tokens=10,
-                    versions={"torch": "x"},
-                )
-            )
         shared = {
             "name": name,
             "version": version,
@@ -110,7 +112,7 @@ class Shelf:
             created_at=created_at,
         )
         manifest = IndexManifest(
-            **shared, chat_template_sha256=None, spec=SPEC, shards=tuple(map(shards.reference, manifests))
+            **shared, chat_template_sha256=None, spec=SPEC, shards=tuple(map(shards.reference, self.shards()))
         )
         indexes.publish(self.storage, self.registry, record, manifest, {"created_at": created_at})
         return self.registry.get(INDEXES, record.id)
@@ -122,8 +124,19 @@ class Shelf:
         return sorted(Path(self.storage.root).glob(pattern))[0]
 
 
+@pytest.fixture(scope="module")
+def made(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage with the dataset and its shards, to be copied: making it costs dozens of fsyncs."""
+    folder, client = tmp_path_factory.mktemp("made"), connect(redis_server.url)
+    storage = Storage(str(folder))
+    Shelf(Registry(client, storage), storage).shards()
+    client.close()
+    return folder
+
+
 @pytest.fixture
-def shelf(registry: Registry, storage: Storage) -> Shelf:
+def shelf(made: Path, registry: Registry, storage: Storage) -> Shelf:
+    shutil.copytree(made, storage.root, dirs_exist_ok=True)
     return Shelf(registry, storage)
 
 

@@ -30,9 +30,9 @@ log = logging.getLogger("whence.dispatcher")
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = load_settings()
     stop = threading.Event()
     try:
+        settings = load_settings()
         redis = connect(settings.redis_url.get_secret_value())
         storage = Storage(settings.storage_root)
         registry = Registry(redis, storage)

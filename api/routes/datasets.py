@@ -31,10 +31,13 @@ def add_dataset(body: DatasetIn, services: ServicesDep) -> DatasetRecord:
     check_id(body.id, param="id")
     path = inside_roots(body.path, services.settings.allowed_roots, param="path")
     try:
-        with path.open("rb") as file:
-            return _store(services, body.id, file, path.name, body.invalid_lines)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        if not path.is_file():  # a folder, a pipe that nobody writes to, nothing at all
+            raise Invalid("file_not_readable", f"{body.path} is no file.", param="path")
+        file = path.open("rb")
+    except OSError as error:
         raise Invalid("file_not_readable", f"{body.path}: {error.strerror}.", param="path") from error
+    with file:
+        return _store(services, body.id, file, path.name, body.invalid_lines)
 
 
 @router.put(
