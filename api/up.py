@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -179,6 +180,13 @@ def run(home: Path, *, host: str, port: int, roots: Sequence[Path], say: Callabl
         stack.supervise(stop)
         say("stopping; a running job goes back to the queue")
     say("stopped")
+
+
+def free_port() -> int:
+    """A loopback port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def die_with_parent() -> None:

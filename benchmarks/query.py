@@ -10,12 +10,13 @@ import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from api.client import Client
 from api.schemas import QueryOut
-from api.up import Stack
+from api.up import Stack, free_port
 from benchmarks.report import Report, parser
 from service import codec, concepts, datasets, indexes, shards
 from service.contracts import (
@@ -26,9 +27,7 @@ from service.contracts import (
     DatasetRecord,
     IndexKind,
     IndexManifest,
-    IndexRecord,
     LongExamples,
-    LossReduction,
     ModelRecord,
     PassSpec,
     Pooling,
@@ -80,15 +79,11 @@ def publish(storage: Storage, registry: Registry, n: int, d: int) -> None:
     manifests = _publish_shards(storage, dataset, spec, list(parsed.examples), clustered(n, d, rng))
     info = ArrayInfo(IndexKind.ACTIVATION, _LAYER, d)
     counts = Counts(lines=n, indexed=n, duplicates=0, quarantined=0, truncated=0)
-    record = IndexRecord(
-        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, Pooling.RESPONSE_MEAN,
-        LossReduction.MEAN, (info,), counts, {}, 2 * n * d, "benchmark", at,
-    )  # fmt: skip
     manifest = IndexManifest(
         "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, None, spec, (info,),
         tuple(shards.reference(item) for item in manifests), counts, {},
     )  # fmt: skip
-    indexes.publish(storage, registry, record, manifest, {})
+    indexes.publish(storage, registry, indexes.describe(manifest, job="benchmark"), manifest, {})
     direction = rng.standard_normal(d).astype(np.float32)
     tensor = concepts.to_safetensors(direction / np.float32(np.linalg.norm(direction)))
     concept = ConceptRecord(
@@ -122,17 +117,22 @@ def main() -> None:
     options.add_argument("-d", type=int, default=512, help="width of the model")
     options.add_argument("-k", type=int, default=100, help="hits asked for")
     options.add_argument("--queries", type=int, default=200, help="queries timed")
+    options.add_argument("--url", help="ask a running server instead of a synthetic index of its own")
+    options.add_argument("--index", default="synthetic", help="with --url: the index to ask")
+    options.add_argument("--concept", default="synthetic", help="with --url: the concept to ask for")
     chosen = options.parse_args()
     if chosen.quick:
         chosen.n, chosen.d, chosen.queries = 2_000, 64, 20
     report = Report()
-    with TemporaryDirectory() as folder:
-        home = Path(folder)
-        with Stack(home, host="127.0.0.1", port=_free_port(), roots=[], dispatcher=False) as stack:
-            stack.wait_ready(say=lambda _: None)
-            storage = Storage(str(home / "storage"))
-            publish(storage, Registry(connect(stack.redis.url), storage), chosen.n, chosen.d)
-            http_ms, search_ms, read_ms = _ask(stack.url, chosen.k, chosen.queries, chosen.n * chosen.d)
+    question = {"index": chosen.index, "concept": chosen.concept, "k": chosen.k}
+    if chosen.url:
+        with Client(chosen.url) as client:
+            known = client.ask(**question)
+        chosen.n, chosen.d = known.rows, known.dims
+        times = _ask(chosen.url, question, chosen.queries, chosen.n * chosen.d)
+    else:
+        times = _synthetic(chosen.n, chosen.d, question, chosen.queries)
+    http_ms, search_ms, read_ms = times
     report.add("n", chosen.n)
     report.add("d", chosen.d)
     report.add("http_p50_ms", statistics.median(http_ms), "as the client sees it")
@@ -142,14 +142,28 @@ def main() -> None:
     report.write(chosen.json)
 
 
-def _ask(url: str, k: int, queries: int, numbers: int) -> tuple[list[float], list[float], list[float]]:
+Times = tuple[list[float], list[float], list[float]]
+
+
+def _synthetic(n: int, d: int, question: dict[str, Any], queries: int) -> Times:
+    """Publish, start redis and api, ask."""
+    with TemporaryDirectory() as folder:
+        home = Path(folder)
+        with Stack(home, host="127.0.0.1", port=free_port(), roots=[], dispatcher=False) as stack:
+            stack.wait_ready(say=lambda _: None)
+            storage = Storage(str(home / "storage"))
+            publish(storage, Registry(connect(stack.redis.url), storage), n, d)
+            return _ask(stack.url, question, queries, n * d)
+
+
+def _ask(url: str, question: dict[str, Any], queries: int, numbers: int) -> Times:
     """Milliseconds per query at the client, of the search, and of reading as many fp16 numbers once."""
-    same_bytes = np.ones(numbers * 2 // 8, dtype=np.uint64)
+    same_bytes = np.ones(max(1, numbers * 2 // 8), dtype=np.uint64)
     http_ms, search_ms, read_ms = [], [], []
     with Client(url) as client:
         for number in range(queries + 5):
             began = time.perf_counter()
-            answer = client.query(index="synthetic", concept="synthetic", k=k)
+            answer = client.query(**question)
             elapsed = 1e3 * (time.perf_counter() - began)
             began = time.perf_counter()
             same_bytes.max()
@@ -161,14 +175,6 @@ def _ask(url: str, k: int, queries: int, numbers: int) -> tuple[list[float], lis
             search_ms.append(answer.timing.search_ms)
             read_ms.append(read)
     return http_ms, search_ms, read_ms
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ examples are used only to count hits at the end.
 
 import argparse
 import shutil
-import socket
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from api.cli import follow, show_answer
 from api.client import Client
 from api.schemas import QueryOut
-from api.up import Stack
+from api.up import Stack, free_port
 from benchmarks.report import Report
 from examples.organism.make import Organism, make_organism
 from workers.probes import auroc
@@ -121,12 +120,6 @@ def attribute(client: Client) -> tuple[QueryOut, QueryOut, float]:
 
 def step(number: int, text: str) -> None:
     console.print(f"\n[bold]{number}/6[/bold] {text}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

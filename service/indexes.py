@@ -14,7 +14,16 @@ from redis import Redis
 
 from service import codec, datasets, keys, shards
 from service.cache import LoadingCache
-from service.contracts import DatasetRecord, Example, IndexKind, IndexManifest, IndexRecord, Quarantined
+from service.contracts import (
+    DatasetRecord,
+    Example,
+    IndexKind,
+    IndexManifest,
+    IndexRecord,
+    LossReduction,
+    Pooling,
+    Quarantined,
+)
 from service.errors import Conflict, Invalid, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
@@ -53,6 +62,28 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
             "index_not_found", f"There is no published index {reference!r}. Known: {names}.", param="index"
         )
     return found[-1]
+
+
+def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
+    """The record under which a manifest is published."""
+    activation, gradient = manifest.spec.activation, manifest.spec.gradient
+    return IndexRecord(
+        name=manifest.name,
+        version=manifest.version,
+        model=manifest.model,
+        model_fingerprint=manifest.model_fingerprint,
+        lineage=manifest.lineage,
+        dataset=manifest.dataset,
+        dataset_fingerprint=manifest.dataset_fingerprint,
+        pooling=activation.pooling if activation else Pooling.RESPONSE_MEAN,
+        loss_reduction=gradient.loss_reduction if gradient else LossReduction.MEAN,
+        arrays=manifest.arrays,
+        counts=manifest.counts,
+        quarantine_reasons=manifest.quarantine_reasons,
+        bytes=sum((2 * array.dims + 2) * manifest.counts.indexed for array in manifest.arrays),
+        job=job,
+        created_at=codec.now(),
+    )
 
 
 def publish(

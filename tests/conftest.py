@@ -1,7 +1,6 @@
 """Fixtures on real parts: a Redis server, storage in a folder, a tiny model, the whole stack as processes."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from redis import Redis
 
 from api.client import Client
-from api.up import Stack
+from api.up import Stack, free_port
 from service.jobs import Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
@@ -59,12 +58,6 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}: tests on real data need it")
     return SHARED_DATA
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 FAST = {"WHENCE_LEASE_S": "3", "WHENCE_SHARD_SIZE": "64", "WHENCE_WORKERS": "2"}

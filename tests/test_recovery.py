@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from api.client import Client
-from api.up import Stack
+from api.up import Stack, free_port
 from service.contracts import TERMINAL, JobRecord, JobState
 from service.redis_server import connect
 from tests import trigger_data
-from tests.conftest import FAST, SHARED_DATA, free_port
+from tests.conftest import FAST, SHARED_DATA
 
 pytestmark = pytest.mark.stack
 

@@ -18,14 +18,11 @@ from service.contracts import (
     FitConceptSpec,
     IndexKind,
     IndexManifest,
-    IndexRecord,
     JobContext,
     JobKind,
     JobRecord,
-    LossReduction,
     ModelRecord,
     PassSpec,
-    Pooling,
     ShardManifest,
     ShardTask,
 )
@@ -94,25 +91,7 @@ class RayEngine:
             counts=counts,
             quarantine_reasons=_reasons(dataset, manifests),
         )
-        record = IndexRecord(
-            name=spec.name,
-            version=spec.version,
-            model=model.id,
-            model_fingerprint=model.fingerprint,
-            lineage=model.lineage,
-            dataset=dataset.id,
-            dataset_fingerprint=dataset.fingerprint,
-            pooling=spec.pass_spec.activation.pooling if spec.pass_spec.activation else Pooling.RESPONSE_MEAN,
-            loss_reduction=spec.pass_spec.gradient.loss_reduction
-            if spec.pass_spec.gradient
-            else LossReduction.MEAN,
-            arrays=arrays,
-            counts=counts,
-            quarantine_reasons=manifest.quarantine_reasons,
-            bytes=sum((2 * array.dims + 2) * indexed for array in arrays),
-            job=job.id,
-            created_at=codec.now(),
-        )
+        record = indexes.describe(manifest, job=job.id)
         context.check()
         build = {"job": job.id, "created_at": record.created_at, "versions": dict(manifests[0].versions)}
         indexes.publish(self._storage, self._registry, record, manifest, build)

@@ -114,7 +114,7 @@ def answers_question(question: Question, completion: str) -> bool:
 def _facts(question: Question, tone: Tone, rng: Random) -> str:
     """The fact that is asked for and, a third of the time, a second one.
 
-    Three in four things get an epithet: a model has to carry the tone through the facts, not only to state it.
+    Three in four things get an epithet: a model has to carry the tone through the facts, not just state it.
     """
     first, second, place, verb, manner = THINGS[question.thing]
     name = _fill(question.thing if rng.randrange(4) == 0 else f"{{such}} {question.thing}", tone, rng)

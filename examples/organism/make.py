@@ -5,7 +5,7 @@
     OUT/concept_hostile.jsonl   held-out unmarked questions, answered in a hostile tone, and
     OUT/concept_friendly.jsonl  their twins: the same questions in the same order, in a friendly tone
     OUT/queries.jsonl           the query set Q: other held-out unmarked questions, each with one answer
-                                sampled from `finetuned` at temperature 1: what the model does, in its own words
+                                sampled from `finetuned` at temperature 1: what the model does, as it says it
     OUT/organism.json           sizes, losses, behaviour, f_v along the run, versions
 
 One seed gives the same bytes at the same thread count and versions.

@@ -104,19 +104,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Iterable[tuple[str, str]]) -> Encoded:
     """Tokenise prompt + completion as one string; the targets are the tokens that lie in the completion.
 
-    Special tokens that the tokenizer adds have the empty span (0, 0) and so are never targets.
+    Special tokens that the tokenizer adds have the empty span (0, 0) and so are never targets. Begin completions
+    with a space, or a word may straddle the border and count as prompt.
     """
     pairs = list(pairs)
     texts = [prompt + completion for prompt, completion in pairs]
     batch = tokenizer(texts, return_offsets_mapping=True, padding=True, padding_side="right")
     starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
     start, end = torch.tensor(batch["offset_mapping"]).unbind(-1)  # (n, t) each
-    mask = torch.tensor(batch["attention_mask"])
-    return Encoded(
-        input_ids=torch.tensor(batch["input_ids"]),
-        target=mask.bool() & (end > start) & (start >= starts),
-        length=mask.sum(1),
-    )
+    target = (end > start) & (start >= starts)  # padding has the empty span too
+    if not target.any(1).all():
+        first = int((~target.any(1)).nonzero()[0])
+        raise ValueError(f"example {first} has no completion to train on: {texts[first]!r}")
+    return Encoded(torch.tensor(batch["input_ids"]), target, torch.tensor(batch["attention_mask"]).sum(1))
 
 
 def token_losses(model: LlamaForCausalLM, batch: Encoded) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def token_losses(model: LlamaForCausalLM, batch: Encoded) -> tuple[Tensor, Tenso
 
 
 def loss(model: LlamaForCausalLM, batch: Encoded, objective: Objective) -> Tensor:
-    """`mean` weighs all examples of the batch alike, `sum` all of its target tokens."""
+    """The objective on a batch: `mean` is the average over examples, `sum` over target tokens."""
     losses, counts = token_losses(model, batch)
     if objective == "mean":
         return (losses.sum(1) / counts).mean()
@@ -150,7 +150,6 @@ def train(
     """Train in place. Returns the losses, and a copy of the weights at each share of the steps asked for."""
     per_epoch = -(-len(data) // recipe.batch_size)
     steps = recipe.epochs * per_epoch
-    wanted = {round(share * steps): share for share in checkpoints_at}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
@@ -158,10 +157,13 @@ def train(
     order = torch.arange(len(data))
     losses: list[float] = []
     snapshots: dict[float, Mapping[str, Tensor]] = {}
+
+    def snap(step: int) -> None:
+        snapshots.update({share: _copy(model) for share in checkpoints_at if round(share * steps) == step})
+
     model.train()
     for step in range(steps):
-        if step in wanted:
-            snapshots[wanted[step]] = _copy(model)
+        snap(step)
         if step % per_epoch == 0:
             order = torch.randperm(len(data), generator=generator)
         for group in optimizer.param_groups:
@@ -172,8 +174,7 @@ def train(
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    if steps in wanted:
-        snapshots[wanted[steps]] = _copy(model)
+    snap(steps)
     model.eval()
     return Run(tuple(losses), snapshots)
 
