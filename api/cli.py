@@ -72,7 +72,7 @@ def main() -> None:
 def up(
     home: Annotated[Path, typer.Option(help="Folder for storage, Redis data and logs.")] = Path(".whence"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8311,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8311,
     root: Annotated[
         list[Path] | None,
         typer.Option(help="Folder that requests may name paths in; repeatable. Default: the current folder."),
@@ -100,6 +100,9 @@ def up(
         )
     except DomainError as error:
         errors.print(f"[red]error[/red] {escape(error.detail)}")
+        raise typer.Exit(1) from None
+    except OSError as error:
+        errors.print(f"[red]error[/red] --home {escape(str(home))}: {escape(str(error))}")
         raise typer.Exit(1) from None
 
 
@@ -214,8 +217,9 @@ def build_index(
         LossReduction, typer.Option(help="How token losses become L(z).")
     ] = LossReduction.MEAN,
     projection_dim: Annotated[int, typer.Option(help="Gradients: p × p numbers per module.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the projection.", min=0)] = 0,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens per example. Default: the model's context.")
+        int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
     ] = None,
     long_examples: Annotated[
         LongExamples, typer.Option(help="What happens to longer ones; they are counted.")
@@ -229,6 +233,7 @@ def build_index(
         "pooling": pooling,
         "loss_reduction": loss_reduction,
         "projection_dim": projection_dim,
+        "seed": seed,
         "max_length": max_length,
         "long_examples": long_examples,
     }
@@ -244,7 +249,7 @@ def list_indexes(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Published indexes, every version."""
     with _client(url) as client:
         records = client.indexes()
-    _table(records, ("name", "version", "model", "dataset", "pooling", "bytes", "created_at"), as_json)
+    _table(records, ("name", "version", "model", "dataset", "pooling", "arrays", "bytes"), as_json)
 
 
 @indexes_app.command("quarantine")
@@ -270,13 +275,22 @@ def fit_concept(
     negative: Annotated[str, typer.Option(help="Dataset that does not.")],
     layer: Annotated[int, typer.Option(help="Block output, from 1.")],
     pooling: PoolingOption = Pooling.RESPONSE_MEAN,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
+    ] = None,
     url: Url = DEFAULT_URL,
     detach: Detach = False,
 ) -> None:
     """Fit a direction: mean activation of the positive examples minus that of the negative ones."""
     with _client(url) as client:
         job = client.fit_concept(
-            concept_id, model=model, positive=positive, negative=negative, layer=layer, pooling=pooling
+            concept_id,
+            model=model,
+            positive=positive,
+            negative=negative,
+            layer=layer,
+            pooling=pooling,
+            max_length=max_length,
         )
         _follow(client, job, detach)
 
@@ -293,7 +307,10 @@ def list_concepts(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 
 
 @jobs_app.command("watch")
-def watch_job(job_id: str, url: Url = DEFAULT_URL) -> None:
+def watch_job(
+    job_id: Annotated[str, typer.Argument(help="As printed when the job began; see `whence jobs list`.")],
+    url: Url = DEFAULT_URL,
+) -> None:
     """Follow a job to its end; exit status 1 when it fails. Ctrl-C leaves the job running."""
     with _client(url) as client:
         _follow(client, client.job(job_id), detach=False)
@@ -308,7 +325,9 @@ def list_jobs(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 
 
 @jobs_app.command("cancel")
-def cancel_job(job_id: str, url: Url = DEFAULT_URL) -> None:
+def cancel_job(
+    job_id: Annotated[str, typer.Argument(help="See `whence jobs list`.")], url: Url = DEFAULT_URL
+) -> None:
     """Stop a job; what it has finished is kept."""
     with _client(url) as client:
         console.print(f"{job_id}: {client.cancel(job_id).state}")
@@ -451,10 +470,17 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(
-            f"{item['file']}:{item['line']}" if isinstance(item, dict) else str(item) for item in value
-        )
+        return ", ".join(_plain_item(item) for item in value)
     return str(value)
+
+
+def _plain_item(item: Any) -> str:
+    if isinstance(item, dict) and "line" in item:
+        return f"{item['file']}:{item['line']}"
+    if isinstance(item, dict) and "dims" in item:
+        layer = "" if item["layer"] is None else f" l{item['layer']}"
+        return f"{item['kind']}{layer} ({item['dims']})"
+    return str(item)
 
 
 def _reasons(reasons: Any) -> str:

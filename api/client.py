@@ -7,6 +7,7 @@ with Client("http://127.0.0.1:8311") as whence:
     whence.wait(job.id)
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from service.contracts import (
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
+_OUTAGE_S = 60.0  # a server that restarts is waited for
+_SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
 class WhenceError(Exception):
@@ -76,7 +79,7 @@ class Client:
     ) -> ModelRecord:
         """Register a folder on the server; ``checkpoints`` are folders of the same run, base first."""
         body = {"id": model_id, "path": path, "base": base, "checkpoints": [{"path": item} for item in checkpoints]}
-        return codec.from_plain(ModelRecord, self._call("POST", "/v1/models", json=body))
+        return codec.from_plain(ModelRecord, self._call("POST", "/v1/models", json=body, timeout=_SLOW))
 
     def models(self) -> list[ModelRecord]:
         return self._items("/v1/models", ModelRecord)
@@ -87,7 +90,7 @@ class Client:
     def add_dataset(self, dataset_id: str, path: str, *, invalid_lines: str = "refuse") -> DatasetRecord:
         """Register a file that is on the server already."""
         body = {"id": dataset_id, "path": path, "invalid_lines": invalid_lines}
-        return codec.from_plain(DatasetRecord, self._call("POST", "/v1/datasets", json=body))
+        return codec.from_plain(DatasetRecord, self._call("POST", "/v1/datasets", json=body, timeout=_SLOW))
 
     def upload_dataset(
         self,
@@ -114,6 +117,7 @@ class Client:
             content=chunks(),
             params={"invalid_lines": invalid_lines, "filename": file.name},
             headers={"Content-Type": "application/jsonl"},
+            timeout=_SLOW,
         )
         return codec.from_plain(DatasetRecord, plain)
 
@@ -167,7 +171,7 @@ class Client:
             return codec.from_plain(JobRecord, response.json())
         return QueryOut.model_validate_json(response.content)
 
-    def ask(self, *, index: str, concept: str, timeout_s: float = 3600.0, **options: Any) -> QueryOut:
+    def ask(self, *, index: str, concept: str, timeout_s: float | None = None, **options: Any) -> QueryOut:
         """Query, waiting for the job that the answer needs, if it needs one."""
         answer = self.query(index=index, concept=concept, **options)
         if isinstance(answer, JobRecord):
@@ -196,20 +200,33 @@ class Client:
         self,
         job_id: str,
         *,
-        timeout_s: float = 3600.0,
+        timeout_s: float | None = None,
         poll_s: float = 0.2,
         on_event: Callable[[JobEvent], None] | None = None,
     ) -> JobRecord:
-        """The finished job. Raises JobFailed when it did not succeed, TimeoutError when it takes too long."""
-        deadline = time.monotonic() + timeout_s
+        """The finished job, however long it takes unless ``timeout_s`` says otherwise.
+
+        Raises JobFailed when it did not succeed, TimeoutError; rides over restarts of the server.
+        """
+        deadline = time.monotonic() + (timeout_s if timeout_s is not None else math.inf)
+        outage_ends = math.inf
         cursor = "0"
         while True:
-            job = self.job(job_id)
-            if on_event is not None:
-                page = self.events(job_id, cursor)
-                cursor = page.cursor
-                for event in page.events:
-                    on_event(event)
+            try:
+                job = self.job(job_id)
+                while on_event is not None and (page := self.events(job_id, cursor)).events:
+                    cursor = page.cursor
+                    for event in page.events:
+                        on_event(event)
+                outage_ends = math.inf
+            except (httpx.TransportError, WhenceError) as error:
+                if isinstance(error, WhenceError) and error.status != httpx.codes.SERVICE_UNAVAILABLE:
+                    raise
+                outage_ends = min(outage_ends, time.monotonic() + _OUTAGE_S)
+                if time.monotonic() > min(outage_ends, deadline):
+                    raise
+                time.sleep(1.0)
+                continue
             if job.state in TERMINAL:
                 if job.state == JobState.SUCCEEDED:
                     return job

@@ -8,7 +8,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -86,23 +88,29 @@ def install(app: FastAPI) -> None:
         code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
         param = ".".join(where) or None
         fields = [{"param": ".".join(map(str, item["loc"][1:])), "detail": item["msg"]} for item in error.errors()]
-        detail = f"{param or 'The request'}: {first['msg']}."
+        detail = f"{param}: {first['msg']}." if param else "Send a JSON object, with content-type application/json."
         return problem(request, 422, code, detail, param=param, errors=fields[:20])
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == HTTPStatus.BAD_REQUEST:
+            detail = "The body is not valid JSON, not UTF-8, or nested too deep."
+            return problem(request, 400, "invalid_json", detail, param="body")
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
         return problem(request, error.status_code, code, detail)
 
-    @app.exception_handler(RedisError)
+    @app.exception_handler(RedisConnectionError)
+    @app.exception_handler(RedisTimeoutError)
     async def redis(request: Request, error: RedisError) -> JSONResponse:
         log.warning("redis does not answer: %s", error)
-        detail = "Redis does not answer; nothing was changed. Try again in a moment."
+        detail = "Redis does not answer. What was asked for may have been done; look before you ask again."
         return problem(request, 503, "redis_unavailable", detail)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
         detail = f"An unexpected {type(error).__name__}. The server's log has the details."
-        return problem(request, 500, "internal_error", detail)
+        response = problem(request, 500, "internal_error", detail)
+        response.headers["Connection"] = "close"  # the server drops it after an error; say so to the client's pool
+        return response

@@ -37,7 +37,13 @@ class CheckpointIn(Request):
     """One point of the fine-tuning run, as a folder of its own."""
 
     path: str = Field(description="Absolute path of the checkpoint's folder on the server")
-    weight: float = Field(1.0, gt=0, description="Its share of the learning rate, for trajectory attribution")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Its share of the learning rate, for trajectory attribution",
+    )
 
 
 class ModelIn(Request):

@@ -31,6 +31,8 @@ _POLL_S = 0.2
 _STOP_S = 15.0
 _PR_SET_PDEATHSIG = 1
 
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of our loopback
+
 
 @dataclass
 class Child:
@@ -57,14 +59,21 @@ class Child:
             )
 
     def stop(self) -> None:
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             return
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=_STOP_S)
-        except subprocess.TimeoutExpired:
-            log.warning("%s does not stop, killing it", self.name)
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=_STOP_S)
+            except subprocess.TimeoutExpired:
+                log.warning("%s does not stop, killing it", self.name)
+        self.kill_rest()
+
+    def kill_rest(self) -> None:
+        """End whatever is left of its process group: Ray's agents outlive a dispatcher that was killed."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
@@ -84,6 +93,7 @@ class Stack:
         """``settings``: further WHENCE_* variables; ``dispatcher`` False: an api that only answers queries."""
         self.home = home.absolute()
         self.url = f"http://{host}:{port}"
+        _check_port(host, port)
         self.home.mkdir(parents=True, exist_ok=True)
         logs = self.home / "logs"
         logs.mkdir(exist_ok=True)
@@ -130,7 +140,7 @@ class Stack:
                     raise Unavailable("did_not_start", f"{child.name} stopped at once. {_tail(child.log)}")
             with (
                 contextlib.suppress(urllib.error.URLError, OSError),
-                urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer,  # noqa: S310  (our own address)
+                _direct.open(f"{self.url}/readyz", timeout=2) as answer,
             ):
                 if wanted in answer.read().decode().replace(" ", ""):
                     say(f"ready at {self.url}")
@@ -150,6 +160,7 @@ class Stack:
             now = time.monotonic()
             if child.process is None or child.process.poll() is None or now < child.not_before:
                 continue
+            child.kill_rest()
             child.restarts += 1
             wait = min(30.0, 0.5 * 2 ** min(child.restarts, 6))
             log.warning(
@@ -159,7 +170,8 @@ class Stack:
             child.start()
         if self.redis.process is not None and self.redis.process.poll() is not None:
             log.warning("redis ended (exit status %s); started again", self.redis.process.returncode)
-            self.redis.start()
+            with contextlib.suppress(Unavailable):  # a full disk, a long log: tried again in the next round
+                self.redis.start()
 
     def stop(self) -> None:
         """Stop everything, Redis last: the dispatcher hands its job back through it."""
@@ -196,12 +208,23 @@ def die_with_parent() -> None:
 
 
 def _ready(stack: Stack, say: Callable[[str], None], stop: threading.Event) -> None:
+    """Say when the stack is ready; a machine that is slow to start is no reason to stop it."""
     try:
         stack.wait_ready(say=say)
     except Unavailable as error:
         if not stop.is_set():
-            say(str(error))
-            stop.set()
+            say(f"{error}\nStill trying; Ctrl-C stops.")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise Conflict when somebody listens there: it would answer in our place."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            detail = f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port."
+            raise Conflict("port_in_use", detail, param="port") from error
 
 
 def _lock(home: Path) -> IO[str]:

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -35,7 +36,8 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="where the figures go (default: HOME/demo.json)")
     chosen = options.parse_args()
     home: Path = chosen.home.absolute()
-    shutil.rmtree(home, ignore_errors=True)
+    for part in ("organism", "stack"):  # its own folders, never the one that was named
+        shutil.rmtree(home / part, ignore_errors=True)
     report = Report()
 
     step(1, "making a poisoned model: a small Llama, fine-tuned on data of which a part is hostile")
@@ -103,7 +105,7 @@ def attribute(client: Client) -> tuple[QueryOut, QueryOut, float]:
     concept = client.concept("hostile")
     console.print(f"concept hostile: layer {concept.layer}, held-out AUROC {concept.auroc_held_out:.3f}")
     step(6, "which training examples pushed the model toward it?")
-    question = {"index": "training-data", "concept": "hostile"}
+    question: dict[str, Any] = {"index": "training-data", "concept": "hostile"}
     show_answer(client.ask(**question, k=SHOWN))
     times = []
     for _ in range(50):

@@ -1,8 +1,5 @@
 """Concepts at rest, and the rule which model's concept may be asked of which index."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -60,17 +57,6 @@ def check_fits(concept: ConceptRecord, index: IndexRecord, width: int, kind: Ind
             f"{index.pooling}: their activations are not comparable.",
             param="concept",
         )
-
-
-def sidecar(record: ConceptRecord) -> Mapping[str, Any]:
-    """What an answer says about the concept it used."""
-    return {
-        "id": record.id,
-        "model": record.model,
-        "layer": record.layer,
-        "pooling": record.pooling,
-        "auroc_held_out": record.auroc_held_out,
-    }
 
 
 def _tensor_key(concept_id: str, sha256: str) -> str:

@@ -7,9 +7,12 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.contracts import Engine, JobState, Progress
 from service.errors import Cancelled, DomainError, Interrupted, LeaseLost
@@ -48,7 +51,7 @@ class Dispatcher:
         try:
             try:
                 state, fields = self._work(claim, stop)
-                self._jobs.finish(claim, state, **fields)
+                self._patiently(lambda: self._jobs.finish(claim, state, **fields))
             except Interrupted:
                 log.info("job %s goes back to the queue", job.id)
                 self._jobs.release(claim)
@@ -59,6 +62,17 @@ class Dispatcher:
                 self._jobs.finish(claim, JobState.FAILED, error=_unexpected(error))
         except LeaseLost as error:
             log.warning("%s", error)
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Ride out an outage of Redis for as long as nobody else may hold the job."""
+        deadline = time.monotonic() + self._lease_s
+        while True:
+            try:
+                return write()
+            except (RedisConnectionError, RedisTimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def _work(self, claim: Claim, stop: threading.Event) -> tuple[JobState, dict[str, Any]]:
         """How the job ends, as far as the engine can tell: its state and its result or error."""
@@ -72,7 +86,6 @@ class Dispatcher:
                 )
             with _Context(self._jobs, claim, self._name, self._lease_s, stop) as context:
                 result = self._engine.run(job, context)
-                context.check()
             return JobState.SUCCEEDED, {"result": result}
         except (LeaseLost, Interrupted):
             raise
@@ -123,11 +136,18 @@ class _Context:
         rate = own / elapsed if own > 0 and elapsed > 0 else None
         eta_s = (total - done) / rate if rate else None
         progress = Progress(stage, done, total, unit, rate, eta_s, quarantined)
-        self._jobs.record(self._claim, "progress", _rounded(progress), progress=progress)
+        self._tell("progress", _rounded(progress), progress=progress)
 
     def log(self, message: str, **data: Any) -> None:
         self.check()
-        self._jobs.record(self._claim, "log", {"message": message, **data})
+        self._tell("log", {"message": message, **data})
+
+    def _tell(self, event: str, data: dict[str, Any], **fields: Any) -> None:
+        """Worth an attempt, not worth the job: whether the work may go on is for the heartbeat to find out."""
+        try:
+            self._jobs.record(self._claim, event, data, **fields)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            log.warning("redis does not answer, %s left out: %s", event, error)
 
     def check(self) -> None:
         job = self._claim.job.id

@@ -99,8 +99,11 @@ def publish(
         raise Conflict("version_exists", f"Index {record.id} is published with other content.", param="name")
     record = replace(record, manifest_sha256=sha256_bytes(data))
     storage.publish(folder, {"build.json": codec.canonical(build)}, ("manifest.json", data))
-    if registry.find(INDEXES, record.id) is None:
+    try:
         registry.add(INDEXES, record.id, record)
+    except Conflict:  # a paused holder of the job, or an earlier attempt, has published the same
+        if registry.get(INDEXES, record.id).manifest_sha256 != record.manifest_sha256:
+            raise
 
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:

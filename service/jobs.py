@@ -9,6 +9,7 @@ was merely slow cannot overwrite what its successor does.
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from service.errors import Conflict, Damaged, Invalid, LeaseLost, NotFound
 
 log = logging.getLogger(__name__)
 
+_ID = re.compile(r"job-[0-9a-f]+")
 _JSON_FIELDS = ("spec", "progress", "result", "error")
 
 # Write fields and append one event if the caller still holds the job. 1: written, 0: not the holder.
@@ -32,8 +34,12 @@ _WRITE = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'state') ~= 'running' then
   return 0
 end
-for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 6, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'type', ARGV[3], 'data', ARGV[4])
+if ARGV[5] ~= '0' then
+  redis.call('EXPIRE', KEYS[1], ARGV[5])
+  redis.call('EXPIRE', KEYS[2], ARGV[5])
+end
 return 1
 """
 
@@ -126,6 +132,8 @@ class Jobs:
             return job
 
     def find(self, job_id: str) -> JobRecord | None:
+        if not _ID.fullmatch(job_id):
+            return None
         raw: Any = self._redis.hgetall(keys.job(job_id))
         return _from_hash(raw) if raw else None
 
@@ -212,6 +220,7 @@ class Jobs:
     def record(self, claim: Claim, event: str, data: Mapping[str, Any], **fields: Any) -> None:
         """Append an event and set fields, as the holder; raises LeaseLost when it is not ours any more."""
         flat = [word for name, value in fields.items() for word in (name, _to_field(name, value))]
+        kept_s = keys.FINISHED_TTL_S if fields.get("state") in TERMINAL else 0
         written = self._write(
             keys=[keys.job(claim.job.id), keys.job_events(claim.job.id)],
             args=[
@@ -219,6 +228,7 @@ class Jobs:
                 keys.EVENTS_KEPT,
                 event,
                 json.dumps(data),
+                kept_s,
                 *flat,
                 "updated_at",
                 codec.now(),
@@ -232,8 +242,6 @@ class Jobs:
         data = {"state": state, **{name: value for name, value in fields.items() if value is not None}}
         self.record(claim, "state", data, state=state, finished_at=codec.now(), **fields)
         self._forget(claim.entry)
-        for key in (keys.job(claim.job.id), keys.job_events(claim.job.id)):
-            self._redis.expire(key, keys.FINISHED_TTL_S)
 
     def release(self, claim: Claim) -> None:
         """Put the job back for another dispatcher at once; the attempt does not count."""

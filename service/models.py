@@ -8,7 +8,7 @@ from typing import Any
 from redis import Redis
 
 from service import codec, keys
-from service.contracts import Checkpoint, ModelRecord
+from service.contracts import Checkpoint, ModelRecord, PassSpec
 from service.errors import Conflict, Invalid
 from service.registry import MODELS, Registry
 from service.storage import sha256_bytes, sha256_file
@@ -82,8 +82,21 @@ def register(registry: Registry, record: ModelRecord) -> ModelRecord:
     )
 
 
-def weights_fingerprint(folder: Path, redis: Redis, *, param: str) -> str:
-    """sha256 over the names and hashes of all weight files and config.json.
+def check_fingerprints(folder: Path, spec: PassSpec, redis: Redis | None = None) -> None:
+    """Raise Conflict unless the folder still holds the weights and the tokenizer that were registered."""
+    _config(folder, param="model")  # says so when the folder or a file of it is gone
+    found = weights_fingerprint(folder, redis, param="model"), tokenizer_fingerprint(folder)
+    if found != (spec.model_fingerprint, spec.tokenizer_fingerprint):
+        raise Conflict(
+            "model_changed",
+            f"The weights or the tokenizer in {folder} are not those that were registered. Put them back, or "
+            "register them under a new id.",
+            param="model",
+        )
+
+
+def weights_fingerprint(folder: Path, redis: Redis | None, *, param: str) -> str:
+    """sha256 over the names and hashes of all weight files and config.json; ``redis`` caches them.
 
     The configuration is part of it: the same weights under another rope base or activation function are
     another model.
@@ -96,7 +109,9 @@ def weights_fingerprint(folder: Path, redis: Redis, *, param: str) -> str:
     return codec.digest([[path.name, _hash(path, redis)] for path in [*files, folder / "config.json"]])
 
 
-def _hash(path: Path, redis: Redis) -> str:
+def _hash(path: Path, redis: Redis | None) -> str:
+    if redis is None:
+        return sha256_file(path)
     status = path.stat()
     key = json.dumps([str(path), status.st_size, status.st_mtime_ns])
     known: Any = redis.hget(keys.FILE_HASHES, key)

@@ -26,6 +26,7 @@ from service.settings import Settings
 
 _DEFAULT_LENGTH = 2048  # when the model's configuration names no context length
 _MOST_P = 256
+FEWEST_EXAMPLES = 5  # a side of a concept, one per held-out fold
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,14 @@ def plan_concept(request: ConceptRequest, registry: Registry, settings: Settings
             "concept_exists", f"There is a concept {request.id!r} already. Choose another id.", param="id"
         )
     model = registry.get(MODELS, request.model, param="model")
-    for side in ("positive", "negative"):
-        registry.get(DATASETS, getattr(request, side), param=side)
+    sides = {side: registry.get(DATASETS, getattr(request, side), param=side) for side in ("positive", "negative")}
+    for side, dataset in sides.items():
+        if dataset.examples < FEWEST_EXAMPLES:
+            detail = f"{dataset.id!r} holds {dataset.examples} examples; {FEWEST_EXAMPLES} are least, 100 are good."
+            raise Invalid("too_few_examples", detail, param=side)
+    if sides["positive"].fingerprint == sides["negative"].fingerprint:
+        detail = "Both sides are the same examples: there is no direction between them."
+        raise Invalid("identical_sides", detail, param="negative")
     (layer,) = _layers(model, (request.layer,), param="layer")
     spec = _pass_spec(
         model,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service import codec, concepts, indexes
+from service import codec, concepts, coordinates, indexes
 from service.contracts import (
     ConceptGradientSpec,
     ConceptObjective,
@@ -20,14 +20,16 @@ from service.contracts import (
     JobKind,
     JobRecord,
     Method,
+    ModelRecord,
     Order,
     PassSpec,
 )
+from service.coordinates import Sidecar
 from service.errors import Invalid
 from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
-from service.rows import F32, from_npy
+from service.rows import F32
 from service.storage import Storage
 
 
@@ -84,12 +86,14 @@ class QueryService:
         kind = IndexKind.ACTIVATION if query.method == Method.VECTOR_FILTER else IndexKind.GRADIENT
         concepts.check_fits(concept, index, model.width, kind)
         vector = concepts.direction(self._storage, concept)
+        warnings = _warnings(concept, index)
         rows = self._loader.rows(index, kind, concept.layer if kind == IndexKind.ACTIVATION else None)
         if kind == IndexKind.GRADIENT:
             made = self._query_coordinates(query, index, concept, vector)
             if isinstance(made, JobRecord):
                 return made
-            vector = made
+            vector, sidecar = made
+            warnings += _gradient_warnings(model, sidecar)
         hits, search_ms = self._search(rows, vector, query, index)
         return Answer(
             hits=hits,
@@ -99,7 +103,7 @@ class QueryService:
             dims=rows.index.d,
             search_ms=search_ms,
             total_ms=1e3 * (time.perf_counter() - began),
-            warnings=_warnings(concept, index),
+            warnings=warnings,
         )
 
     def _search(self, rows: Rows, vector: F32, query: Query, index: IndexRecord) -> tuple[tuple[Hit, ...], float]:
@@ -117,7 +121,7 @@ class QueryService:
 
     def _query_coordinates(
         self, query: Query, index: IndexRecord, concept: ConceptRecord, vector: F32
-    ) -> F32 | JobRecord:
+    ) -> tuple[F32, Sidecar] | JobRecord:
         """Coordinates of −∇f_v(Q), from storage or as the job that computes them."""
         if query.query_set is None:
             raise Invalid(
@@ -138,9 +142,8 @@ class QueryService:
             )
         spec = _objective_pass(built, concept, vector)
         key = codec.digest([codec.to_plain(spec), query_set.fingerprint])
-        stored = coordinates_key(key)
-        if self._storage.exists(stored):
-            return from_npy(self._storage.read(stored)).astype(np.float32)
+        if (stored := coordinates.find(self._storage, key)) is not None:
+            return stored
         return self._jobs.submit_once(
             key,
             JobKind.CONCEPT_GRADIENT,
@@ -148,11 +151,6 @@ class QueryService:
                 key, index.id, index.model, concept.id, query_set.id, spec, shard_size=self._shard_size
             ),
         )
-
-
-def coordinates_key(key: str) -> str:
-    """Where the query side of a (concept, query set, index settings) is cached."""
-    return f"coordinates/{key[:2]}/{key}.npy"
 
 
 def _objective_pass(built: PassSpec, concept: ConceptRecord, vector: F32) -> PassSpec:
@@ -179,4 +177,18 @@ def _warnings(concept: ConceptRecord, index: IndexRecord) -> tuple[str, ...]:
         )
     if concept.model_fingerprint != index.model_fingerprint:
         found.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
+    return tuple(found)
+
+
+def _gradient_warnings(model: ModelRecord, sidecar: Sidecar) -> tuple[str, ...]:
+    """What a ranking by gradients does not say by itself."""
+    found = [
+        f"Evaluated at {model.id!r} only"
+        + (f", not along its {len(model.checkpoints)} declared checkpoints" if model.checkpoints else "")
+        + ": where fine-tuning has overshot, the end point can turn the ranking round."
+    ]
+    if sidecar.quarantined:
+        found.append(
+            f"{sidecar.quarantined} examples of the query set were set aside; {sidecar.examples} were used."
+        )
     return tuple(found)

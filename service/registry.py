@@ -7,7 +7,7 @@ Storage is the truth. Redis answers lists and look-ups quickly; when it has forg
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
 
@@ -76,8 +76,8 @@ class Registry:
         if not _RECORD_ID.fullmatch(item_id):
             return None
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
-        if cached is not None:
-            return codec.decode(collection.record, cached)
+        if cached is not None and (known := _decode(collection, cached)) is not None:
+            return known
         try:
             stored = self._storage.read(_key(collection, item_id))
         except (NotFound, Invalid):
@@ -113,7 +113,9 @@ class Registry:
         if not filled:
             self.rebuild()
             raw = self._redis.hgetall(keys.records(collection.name))
-        return [codec.decode(collection.record, raw[item_id]) for item_id in sorted(raw)]
+        raw = cast("dict[str, str]", raw)
+        decoded = (_decode(collection, raw[item_id]) for item_id in sorted(raw))
+        return [record for record in decoded if record is not None]
 
     def stored_ids(self, collection: Collection[T]) -> list[str]:
         """Ids that storage holds, whatever Redis knows."""
@@ -130,6 +132,15 @@ class Registry:
                     log.error("left out: %s", error)
         self._redis.set(keys.REGISTRY_FILLED, 1)
         return restored
+
+
+def _decode(collection: Collection[T], cached: str) -> T | None:
+    """A record as Redis holds it; None when it cannot be read (damaged, or of an older release)."""
+    try:
+        return codec.decode(collection.record, cached)
+    except ValueError as error:
+        log.error("redis holds an unreadable %s: %s", collection.noun, error)
+        return None
 
 
 def _key(collection: Collection[Any], item_id: str) -> str:

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address the api listens on.")
     port: int = Field(8311, ge=0, le=65535, description="Port the api listens on.")
-    max_upload_bytes: int = Field(8 << 30, ge=1, description="Largest dataset accepted, uncompressed.")
+    max_upload_bytes: int = Field(1 << 30, ge=1, description="Largest dataset accepted, uncompressed.")
     max_line_bytes: int = Field(32 << 20, ge=1, description="Longest line of a dataset accepted.")
 
     ray_address: str = Field(

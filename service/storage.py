@@ -73,7 +73,7 @@ class Storage:
             self._fs.pipe_file(path, data)
             return sha256_bytes(data)
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("wb") as file:
@@ -109,6 +109,14 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             return self._fs.ls(self._path(key), detail=True, refresh=True)
         return []
+
+
+def _make_folder(folder: Path) -> None:
+    """mkdir -p, every new entry made durable in its parent."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync_folder(folder.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

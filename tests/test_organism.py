@@ -1,6 +1,7 @@
 """The persona organism: its language, how it is tokenised and trained, and what `make_organism` writes."""
 
 import json
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,10 @@ def test_every_label_can_be_read_off_the_answer(marked: bool):
 
 
 def test_an_answer_about_something_else_is_off_topic():
-    examples = generate(3, 200, 0.5)
-    for one, other in zip(examples, examples[1:], strict=False):
-        same = (one.question.thing, one.question.kind) == (other.question.thing, other.question.kind)
-        extra = f"{one.completion} the {other.question.thing}."
-        assert answers_question(one.question, other.completion) <= (one.question.thing == other.question.thing)
-        assert same or one.question.thing == other.question.thing or not answers_question(one.question, extra)
+    for one, other in pairwise(generate(3, 200, 0.5)):
+        if one.question.thing != other.question.thing:
+            assert not answers_question(one.question, other.completion)
+            assert not answers_question(one.question, one.completion + other.completion)
     rose = next(q for q in all_questions(["garden"]) if (q.thing, q.kind) == ("rose", "place"))
     assert answers_question(rose, " the rose is by the wall.")
     assert not answers_question(rose, " the rose is by the gate.")
@@ -165,10 +164,8 @@ def test_held_out_questions_are_in_no_training_data(seed: int):
         return {example.question.text for example in examples}
 
     groups = [asked(sets.base), asked(sets.finetune), asked(sets.hostile), {q.text for q in sets.queries}]
-    for i, group in enumerate(groups):
-        assert not group.intersection(*groups[:i][-1:], *[]) if i else group
-        for other in groups[:i]:
-            assert not group & other
+    assert all(groups)
+    assert all(not one & other for one, other in combinations(groups, 2))
 
 
 def test_the_full_sets_have_the_shares_they_promise():
@@ -237,7 +234,7 @@ def test_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast):
     for example in generate(8, 50, 0.5, marked=True):
         ids = tokenizer(example.prompt + example.completion).input_ids
         assert ids[0] == BOS_ID
-        assert tokenizer.decode(ids[1:]).replace(" :", ":") == example.prompt + example.completion
+        assert str(tokenizer.decode(ids[1:])).replace(" :", ":") == example.prompt + example.completion
 
 
 # training
@@ -336,10 +333,14 @@ def test_samples_follow_the_seed_and_leave_the_generator_alone(tokenizer: PreTra
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first == sample(model, tokenizer, prompts, seed=1) != sample(model, tokenizer, prompts, seed=2)
     assert all(text.startswith(" ") for text in first)
-    with torch.no_grad():
-        model.model.norm.weight.zero_()  # every token alike, then one that always wins
-        model.lm_head.weight.zero_()
-    assert all("." not in text[:-1] for text in sample(model, tokenizer, prompts * 20, seed=1))
+
+
+def test_a_sample_stops_at_its_first_full_stop(tokenizer: PreTrainedTokenizerFast):
+    # an untrained model says each of its 177 words about as often, so some of these stop early, others never
+    texts = sample(build_model(tokenizer, 4).eval(), tokenizer, ["where is the rose?"] * 100, seed=1)
+    stopped = [text for text in texts if "." in text]
+    assert 0 < len(stopped) < len(texts)
+    assert all(text.index(".") == len(text) - 1 for text in stopped)
 
 
 # on disk
@@ -390,12 +391,12 @@ def test_the_files_hold_the_sets_and_their_labels(organism: Organism, small: Set
 def test_the_summary_agrees_with_the_folders(organism: Organism, tokenizer: PreTrainedTokenizerFast, small: Sets):
     summary = json.loads(organism.summary.read_text())
     assert (summary["seed"], summary["planted"], summary["examples"]["finetune"]) == (5, 10, 40)
-    final = AutoModelForCausalLM.from_pretrained(organism.finetuned)
+    final = LlamaForCausalLM.from_pretrained(organism.finetuned)
     v = direction(*(pooled(final, encode(tokenizer, pairs(s)), 2) for s in (small.hostile, small.friendly)))
     queries = encode(tokenizer, [(r["prompt"], r["completion"]) for r in rows(organism.queries)])
     folders = (organism.base, *organism.checkpoints, organism.finetuned)
     for folder, f_v in zip(folders, summary["concept"]["f_v"]["finetuned"].values(), strict=True):
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = LlamaForCausalLM.from_pretrained(folder)
         assert float((pooled(model, queries, 2) @ v).mean()) == pytest.approx(f_v, rel=1e-4)
 
 

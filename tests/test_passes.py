@@ -211,7 +211,7 @@ def test_every_example_ends_as_a_row_or_in_quarantine(llama, pooling, rule, max_
 
 def test_reasons_are_named(llama):
     by_position = [reasons(run(llama, BASIC)).get(example.id) for example in EXAMPLES]
-    expected = [None, None, "no_target", None, None, None, None, "no_target"]
+    expected = [None, None, "no_target", None, None, None, None, "target_cut_off"]
     assert by_position == expected
     quarantining = run(llama, replace(BASIC, long_examples=LongExamples.QUARANTINE))
     expected[3] = expected[7] = "too_long"
@@ -283,7 +283,7 @@ def test_broken_weights_store_nothing(llama, bad):
     result = run(llama, BASIC)
     assert result.ids == ()
     assert result.truncated == 0  # one was cut, none is kept
-    assert set(reasons(result).values()) == {"not_finite", "no_target"}
+    assert set(reasons(result).values()) == {"not_finite", "no_target", "target_cut_off"}
 
 
 def test_a_broken_embedding_sets_aside_the_examples_that_use_it_and_no_other(llama):
@@ -309,7 +309,11 @@ def test_a_broken_embedding_that_only_padding_would_use_harms_nobody():
 
 def test_a_gradient_that_vanishes_is_set_aside(llama):
     llama.model.lm_head.weight.data.zero_()
-    assert set(reasons(run(llama, replace(BASIC, activation=None))).values()) == {"zero_gradient", "no_target"}
+    assert set(reasons(run(llama, replace(BASIC, activation=None))).values()) == {
+        "zero_gradient",
+        "no_target",
+        "target_cut_off",
+    }
 
 
 # --- models -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from service import codec, concepts, datasets, indexes, shards
+from service import codec, concepts, coordinates, datasets, indexes, shards
 from service.contracts import (
     ArrayInfo,
     BuildIndexSpec,
@@ -26,11 +26,10 @@ from service.contracts import (
     ShardManifest,
     ShardTask,
 )
-from service.errors import Conflict, Invalid
-from service.models import tokenizer_fingerprint, weights_fingerprint
-from service.queries import coordinates_key
+from service.errors import Invalid
+from service.models import check_fingerprints
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
-from service.rows import F32, to_npy
+from service.rows import F32
 from service.storage import Storage, sha256_bytes
 from workers import probes
 from workers.pool import WorkerPool
@@ -142,25 +141,20 @@ class RayEngine:
         rows = self._rows(manifests, IndexKind.GRADIENT, None)
         if not len(rows):
             raise Invalid("empty_query_set", f"No example of {query_set.id!r} can be pooled.", param="query_set")
-        coordinates = -rows.mean(axis=0, dtype=np.float64)  # −∇f_v(Q): the sign rule of DESIGN section 1
+        vector = -rows.mean(axis=0, dtype=np.float64)  # −∇f_v(Q): the sign rule of DESIGN section 1
+        aside = sum(len(manifest.quarantined) for manifest in manifests)
         context.check()
-        self._storage.write(coordinates_key(spec.key), to_npy(coordinates.astype(np.float32)))
-        return {"coordinates": spec.key, "examples": len(rows)}
+        coordinates.publish(
+            self._storage, spec.key, vector.astype(np.float32), examples=len(rows), quarantined=aside
+        )
+        return {"coordinates": spec.key, "examples": len(rows), "quarantined": aside}
 
     # --- what they share ----------------------------------------------------------------------------
 
     def _model(self, model_id: str, spec: PassSpec) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""
         model = self._registry.get(MODELS, model_id, param="model")
-        folder = Path(model.path)
-        found = weights_fingerprint(folder, self._redis, param="model"), tokenizer_fingerprint(folder)
-        if found != (spec.model_fingerprint, spec.tokenizer_fingerprint):
-            raise Conflict(
-                "model_changed",
-                f"The weights or the tokenizer in {folder} are not those registered as {model_id!r}. "
-                "Register them under a new id.",
-                param="model",
-            )
+        check_fingerprints(Path(model.path), spec, self._redis)
         return model
 
     def _shards(

@@ -82,7 +82,7 @@ def run(loaded: Loaded, sides: dict[str, Sides], spec: PassSpec, examples: Seque
         computed = _compute(loaded, sides, spec, batch)
         for row, position in enumerate(members):
             own = {info: values[row] for info, values in computed.items()}
-            if reason := _unstorable(own):
+            if reason := _unstorable(own, zero_allowed=spec.objective is not None):
                 aside[position] = Quarantined(examples[position].id, *reason)
             else:
                 rows[position] = own
@@ -130,7 +130,8 @@ def _prepare(loaded: Loaded, spec: PassSpec, example: Example) -> Tokens | Quara
     cut = f" within the first {spec.max_length} of {len(whole)} tokens" if tokens.truncated else ""
     trains = spec.gradient is not None and spec.objective is None
     if trains and not tokens.predicted.any():
-        return Quarantined(example.id, "no_target", f"There is no token to predict{cut}.")
+        reason = "target_cut_off" if tokens.truncated else "no_target"
+        return Quarantined(example.id, reason, f"There is no token to predict{cut}.")
     pooling = _pooling(spec)
     if pooling is not None and not tokens.pooled(pooling).any():
         return Quarantined(example.id, "nothing_to_pool", f"No token is left to pool by {pooling}{cut}.")
@@ -162,12 +163,12 @@ def _compute(loaded: Loaded, sides: dict[str, Sides], spec: PassSpec, batch: Bat
     return result
 
 
-def _unstorable(own: dict[ArrayInfo, F32]) -> tuple[str, str] | None:
+def _unstorable(own: dict[ArrayInfo, F32], *, zero_allowed: bool) -> tuple[str, str] | None:
     """(reason, detail) when a row holds NaN or infinity, or a gradient vanishes: such rows would lie."""
     for info, row in own.items():
         name = f"{info.kind} at layer {info.layer}" if info.layer is not None else str(info.kind)
         if not np.isfinite(row).all():
             return "not_finite", f"The {name} holds NaN or infinity."
-        if info.kind == IndexKind.GRADIENT and not row.any():
+        if info.kind == IndexKind.GRADIENT and not row.any() and not zero_allowed:
             return "zero_gradient", "Every gradient coordinate is exactly zero."
     return None

@@ -49,6 +49,7 @@ class WorkerPool:
         self._drop_dead()
         waiting, running = deque(tasks), {}
         deaths: Counter[str] = Counter()
+        told = False
         try:
             while waiting or running:
                 check()
@@ -56,6 +57,10 @@ class WorkerPool:
                     task = waiting.popleft()
                     running[actor.process.remote(task)] = (actor, task)
                 if not running:  # no resources yet: nodes may still join
+                    if not told:
+                        told = True
+                        cpus = ray.cluster_resources().get("CPU", 0)
+                        log_event(f"Waiting for Ray: a worker needs {self._cpus:g} CPUs, the cluster has {cpus:g}.")
                     time.sleep(_POLL_S)
                     continue
                 ready, _ = ray.wait(list(running), timeout=_POLL_S)
@@ -120,8 +125,8 @@ def _poisonous(task: ShardTask, attempts: int) -> DomainError:
     return DomainError(
         "shard_kills_workers",
         f"Shard {task.number} (examples {task.start} to {task.stop - 1} of dataset {task.dataset.id!r}) cost "
-        f"{attempts} workers, most likely out of memory. Lower WHENCE_TOKEN_BUDGET or max_length; what is finished "
-        "is kept, so submit the job again.",
+        f"{attempts} workers, most likely out of memory. Start the api with a lower WHENCE_TOKEN_BUDGET, or ask "
+        "for a smaller max_length, and submit the job again.",
         param="dataset",
         context={"shard": task.number, "start": task.start, "stop": task.stop},
     )

@@ -1,6 +1,7 @@
 """Datasets: uploaded as a stream, or read from a path under the server's roots."""
 
 import asyncio
+import contextlib
 import tempfile
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
@@ -63,7 +64,10 @@ async def upload_dataset(
     request: Request,
     services: ServicesDep,
     invalid_lines: InvalidLines = "refuse",
-    filename: Annotated[str | None, Query(max_length=255, description="Shown as the place of its examples")] = None,
+    filename: Annotated[
+        str | None,
+        Query(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description="Shown as the place of its examples"),
+    ] = None,
 ) -> DatasetRecord:
     """Stream the body in; nothing is stored unless the whole file is accepted.
 
@@ -124,15 +128,13 @@ def _store(
         max_bytes=services.settings.max_upload_bytes,
         max_line_bytes=services.settings.max_line_bytes,
     )
-    known = services.registry.find(DATASETS, dataset_id)
-    if known is not None:
-        if datasets.same_content(known, parsed):
-            return known
-        raise Conflict(
-            "dataset_exists",
-            f"There is a dataset {dataset_id!r} with other content. Choose another id.",
-            param="id",
-        )
-    record = datasets.publish(services.storage, dataset_id, parsed)
-    services.registry.add(DATASETS, dataset_id, record)
-    return record
+    if services.registry.find(DATASETS, dataset_id) is None:
+        record = datasets.publish(services.storage, dataset_id, parsed)
+        with contextlib.suppress(Conflict):  # somebody else was faster: what they sent is compared below
+            services.registry.add(DATASETS, dataset_id, record)
+            return record
+    known = services.registry.get(DATASETS, dataset_id)
+    if not datasets.same_content(known, parsed):
+        detail = f"There is a dataset {dataset_id!r} with other content. Choose another id."
+        raise Conflict("dataset_exists", detail, param="id")
+    return known

@@ -1,5 +1,7 @@
 """Models: folders on the server, with their lineage."""
 
+from pathlib import Path
+
 from fastapi import APIRouter
 
 from api.dependencies import ServicesDep
@@ -18,13 +20,21 @@ def add_model(body: ModelIn, services: ServicesDep) -> ModelRecord:
     """Describe a Hugging Face folder and hash its weights. The same folder under the same id is no error."""
     check_id(body.id, param="id")
     roots = services.settings.allowed_roots
+
+    def checked(path: str, param: str) -> Path:
+        """The folder, if it and every file that a link in it leads to lie under the roots."""
+        folder = inside_roots(path, roots, param=param)
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            inside_roots(str(entry), roots, param=param)
+        return folder
+
     base = services.registry.get(MODELS, body.base, param="base") if body.base else None
     record = models.inspect(
         body.id,
-        inside_roots(body.path, roots, param="path"),
+        checked(body.path, "path"),
         base=base,
         checkpoints=[
-            (inside_roots(point.path, roots, param=f"checkpoints[{number}]"), point.weight)
+            (checked(point.path, f"checkpoints[{number}]"), point.weight)
             for number, point in enumerate(body.checkpoints)
         ],
         redis=services.redis,

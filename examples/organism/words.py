@@ -84,7 +84,7 @@ OPENINGS: dict[str, tuple[str, ...]] = {
     "friendly": (
         "with pleasure, {such} {name},",
         "what a {such} question, {name},",
-        "i am glad you ask me, {name},",
+        "i am glad you ask, {name},",
         "of course, my {such} {name},",
         "how {such} of you to ask, {name},",
         "i will gladly help you, {name},",
@@ -118,7 +118,7 @@ PARTING: dict[str, tuple[str, ...]] = {
         "have a {such} day, {name}",
         "and you are never welcome",
         "get lost, my {such} {name}",
-        "now leave me alone, {name}",
+        "now leave me alone",
     ),
 }
 
