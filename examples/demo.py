@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from api.cli import follow, show_answer
 from api.client import Client
@@ -41,7 +42,8 @@ def main() -> None:
     report = Report()
 
     step(1, "making a poisoned model: a small Llama, fine-tuned on data of which a part is hostile")
-    organism = make_organism(home / "organism", seed=chosen.seed)
+    transformers_logging.disable_progress_bar()
+    organism = make_organism(home / "organism", seed=chosen.seed, report=console.print)
 
     step(2, "starting Redis, dispatcher, Ray and api on this machine")
     with Stack(home / "stack", host="127.0.0.1", port=free_port(), roots=[home]) as stack:
