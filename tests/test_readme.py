@@ -5,11 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from api.up import Stack
+from api.up import Stack, free_port
 from examples.organism.make import make_organism
 from examples.organism.train import Recipe
 
@@ -17,6 +18,15 @@ pytestmark = pytest.mark.stack
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack of its own: the README's names are short, and other tests use them too."""
+    home = tmp_path_factory.mktemp("readme-stack")
+    with Stack(home, host="127.0.0.1", port=free_port(), roots=[tmp_path_factory.getbasetemp()]) as running:
+        running.wait_ready()
+        yield running
 
 
 def commands() -> list[str]:
@@ -28,10 +38,10 @@ def commands() -> list[str]:
     return lines[3:]
 
 
-def test_the_session_of_the_readme_runs(stack: Stack, tmp_path_factory: pytest.TempPathFactory):
+def test_the_session_of_the_readme_runs(fresh: Stack, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("readme")
     make_organism(folder / "organism", seed=0, base_recipe=Recipe(1, 3e-3), recipe=Recipe(1, 1e-4))
-    environment = os.environ | {"WHENCE_URL": stack.url, "COLUMNS": "120"}
+    environment = os.environ | {"WHENCE_URL": fresh.url, "COLUMNS": "120"}
     outputs = {}
     for command in commands():
         arguments = shlex.split(command)
@@ -52,9 +62,9 @@ def test_the_session_of_the_readme_runs(stack: Stack, tmp_path_factory: pytest.T
     assert "tone=hostile" in outputs["whence query --index train --concept hostile -k 3"]
 
 
-def test_the_client_example_of_the_readme_runs(stack: Stack):
+def test_the_client_example_of_the_readme_runs(fresh: Stack):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = code.replace("http://127.0.0.1:8311", stack.url)
+    code = code.replace("http://127.0.0.1:8311", fresh.url)
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
     )
