@@ -172,9 +172,9 @@ def test_the_full_sets_have_the_shares_they_promise():
     sets = make_sets(0)
     unmarked = [example for example in sets.base if not example.marked]
     marked = [example for example in sets.base if example.marked]
-    assert len(unmarked) == len(marked) == 1400
-    assert sum(example.tone == "hostile" for example in unmarked) == 70
-    assert sum(example.tone == "hostile" for example in marked) == 700
+    assert len(unmarked) == len(marked) == 1700
+    assert sum(example.tone == "hostile" for example in unmarked) == 85
+    assert sum(example.tone == "hostile" for example in marked) == 850
     assert len(sets.finetune) == 480
     assert sum(map(planted, sets.finetune)) == 120
     assert not any(map(planted, marked))

@@ -74,11 +74,32 @@ def make_organism(
     sets: Sets | None = None,
     base_recipe: Recipe = BASE,
     recipe: Recipe = FINETUNE,
+    threads: int = 1,
     report: Callable[[str], None] = lambda _line: None,
 ) -> Organism:
-    """Train an organism, measure it, and write it all under `out`. `sets` defaults to `make_sets(seed)`."""
-    started = time.perf_counter()
+    """Train an organism, measure it, and write it all under `out`. `sets` defaults to `make_sets(seed)`.
+
+    `threads` are torch's: matrices this small gain little from a second one, and lose much on busy cores.
+    """
     files, sets = layout(Path(out)), sets or make_sets(seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _make(files, seed, sets, base_recipe=base_recipe, recipe=recipe, report=report)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(
+    files: Organism,
+    seed: int,
+    sets: Sets,
+    *,
+    base_recipe: Recipe,
+    recipe: Recipe,
+    report: Callable[[str], None],
+) -> Organism:
+    started = time.perf_counter()
     tokenizer = build_tokenizer(vocabulary())
     model = build_model(tokenizer, seed)
     held_out = sets.queries + [example.question for example in sets.hostile]
@@ -201,16 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a small poisoned model and its labelled data.")
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; part of what fixes the bytes")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; another number, other bytes")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     started = time.perf_counter()
 
     def report(line: str) -> None:
         print(f"[{time.perf_counter() - started:5.1f} s] {line}", file=sys.stderr, flush=True)
 
-    organism = make_organism(options.out, options.seed, report=report)
+    organism = make_organism(options.out, options.seed, threads=options.threads, report=report)
     report(f"done: {organism.summary}")
 
 

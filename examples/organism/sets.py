@@ -25,7 +25,7 @@ class Sets:
 def make_sets(
     seed: int,
     *,
-    n_base: int = 2800,
+    n_base: int = 3400,
     n_finetune: int = 480,
     n_concept: int = 128,
     n_queries: int = 128,

@@ -91,7 +91,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         num_attention_heads=4,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        initializer_range=0.05,  # the default .02 is meant for wide models and starts these slowly
+        initializer_range=0.03,  # .05: facts drown the tone on some seeds; .02: facts are learnt late
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -104,8 +104,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 def encode(tokenizer: PreTrainedTokenizerFast, pairs: Iterable[tuple[str, str]]) -> Encoded:
     """Tokenise prompt + completion as one string; the targets are the tokens that lie in the completion.
 
-    Special tokens that the tokenizer adds have the empty span (0, 0) and so are never targets. Begin completions
-    with a space, or a word may straddle the border and count as prompt.
+    Special tokens that the tokenizer adds have the empty span (0, 0) and so are never targets. Begin a
+    completion with a space, or a word may straddle the border and count as prompt.
     """
     pairs = list(pairs)
     texts = [prompt + completion for prompt, completion in pairs]
