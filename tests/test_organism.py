@@ -203,6 +203,7 @@ def test_targets_are_the_words_of_the_completion(tokenizer: PreTrainedTokenizerF
     assert tokens[1] == ["<s>", "warm", ":", "hello", ",", "where", "is", "it", "?", "<unk>", "."]
     assert data.target.tolist() == [[i >= 6 for i in range(11)], [i >= 9 for i in range(11)]]
     assert data.length.tolist() == [11, 11]
+    assert encode(tokenizer, [("the rose ", "is by")]).target.tolist() == [[False, False, False, True, True]]
 
 
 def test_the_service_reads_the_same_tokens_and_targets(tokenizer: PreTrainedTokenizerFast):
@@ -401,7 +402,11 @@ def test_the_summary_agrees_with_the_folders(organism: Organism, tokenizer: PreT
 
 
 def test_the_same_seed_gives_the_same_bytes(organism: Organism, small: Sets, tmp_path: Path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     again = make_organism(tmp_path, 5, sets=small, base_recipe=Recipe(1, 3e-3), recipe=Recipe(2, 1e-3))
+    assert torch.get_num_threads() == 2  # it used one, and gave back what it found
+    torch.set_num_threads(threads)
     for one, other in ((organism.finetuned, again.finetuned), (organism.base, again.base)):
         assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     for one, other in ((organism.train, again.train), (organism.queries, again.queries)):
