@@ -283,6 +283,20 @@ def test_training_lowers_the_loss_and_keeps_the_weights_it_was_asked_for(tokeniz
     assert not torch.equal(half, model.lm_head.weight)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_first_step_is_as_long_as_the_schedule_says(tokenizer: PreTrainedTokenizerFast, decay: float):
+    data = encode(tokenizer, pairs(generate(10, 160, 0.5, topics=["garden"])))
+    recipe = Recipe(1, 1e-2, weight_decay=decay, warmup=0.5)
+    run = train(build_model(tokenizer, 2), data, recipe, seed=0, checkpoints_at=(0, 0.1))
+    before, after = (run.snapshots[share]["model.embed_tokens.weight"] for share in (0, 0.1))
+    rate = 1e-2 / 5  # one of ten steps, the first of five that warm up
+    moved = (after - before * (1 - rate * decay)).abs().amax(1)
+    seen = torch.zeros(len(tokenizer), dtype=torch.bool)
+    seen[data.input_ids.unique()] = True
+    assert 0.99 * rate < float(moved[seen].max()) < 1.01 * rate  # Adam's first step is the rate itself
+    assert float(moved[~seen].max()) < 1e-8
+
+
 def test_training_follows_its_seed(tokenizer: PreTrainedTokenizerFast):
     data = encode(tokenizer, pairs(generate(11, 48, 0.5)))
 

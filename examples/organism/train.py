@@ -50,7 +50,7 @@ class Recipe:
     batch_size: int = 16
     objective: Objective = "mean"
     weight_decay: float = 0.0
-    warmup: float = 0.05  # share of the steps with a rising rate; it then falls linearly to zero
+    warmup: float = 0.05  # share of the steps, below 1, with a rising rate; it then falls linearly to zero
 
 
 @dataclass(frozen=True)
