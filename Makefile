@@ -6,8 +6,9 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 QUICK_JSON := .whence/bench
+PEERS := .peers
 
-.PHONY: help setup setup-dev demo test lint types format bench-quick constraints clean
+.PHONY: help setup setup-dev demo test lint types format bench-quick peers constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,8 +49,17 @@ bench-quick: $(VENV)/.dev  ## every benchmark at smoke size
 	$(BIN)/python -m benchmarks.build --quick --json $(QUICK_JSON)/build.json
 	$(BIN)/python -m benchmarks.query --quick --json $(QUICK_JSON)/query.json
 
+peers: $(PEERS)/bergson/.done $(PEERS)/kronfluence/.done  ## bergson and kronfluence, each in its own environment, to measure against
+
+# Their dependencies bring CUDA builds of torchvision and torchaudio, which break `import transformers`; neither needs them.
+$(PEERS)/%/.done: benchmarks/peers/%.txt
+	test -x $(PEERS)/$*/bin/python || $(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/pip install $(PIP_ARGS) --disable-pip-version-check -q -r $<
+	$(PEERS)/$*/bin/pip uninstall --disable-pip-version-check -q -y torchvision torchaudio
+	@touch $@
+
 constraints: $(VENV)/.dev  ## pin what is installed now
 	@(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//') > constraints.tmp && mv constraints.tmp constraints.txt
 
-clean:  ## remove the virtual environment and all data
-	rm -rf $(VENV) .whence
+clean:  ## remove the virtual environments and all data
+	rm -rf $(VENV) $(PEERS) .whence

@@ -1,25 +1,32 @@
 """The command line: `whence up` for the stack, everything else is a call to a server over HTTP."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from api.client import Client, WhenceError
-from api.schemas import QueryOut
-from service import codec
-from service.contracts import IndexKind, JobEvent, JobRecord, LongExamples, LossReduction, Method, Order, Pooling
-
-console = Console()
-errors = Console(stderr=True)
+from api.cli_indexes import indexes_app
+from api.client import WhenceError
+from api.terminal import (
+    DEFAULT_URL,
+    AsJson,
+    Detach,
+    PoolingOption,
+    Url,
+    connect,
+    console,
+    errors,
+    follow_job,
+    reasons,
+    show,
+    show_answer,
+    show_table,
+)
+from service.contracts import JobRecord
+from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +38,6 @@ A first session: `whence up` in one terminal, then `whence models add`, `whence 
 )
 models_app = typer.Typer(no_args_is_help=True, help="Model folders and their lineage.")
 datasets_app = typer.Typer(no_args_is_help=True, help="Training data: JSONL, one example per line.")
-indexes_app = typer.Typer(no_args_is_help=True, help="What is stored per training example, ready to be queried.")
 concepts_app = typer.Typer(no_args_is_help=True, help="Directions in the residual stream.")
 jobs_app = typer.Typer(no_args_is_help=True, help="Work in progress, and what came of it.")
 for _name, _sub in (
@@ -42,12 +48,6 @@ for _name, _sub in (
     ("jobs", jobs_app),
 ):
     app.add_typer(_sub, name=_name)
-
-Url = Annotated[str, typer.Option("--url", envvar="WHENCE_URL", help="Address of the server.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Print the job's id and return at once.")]
-PoolingOption = Annotated[Pooling, typer.Option(help="Which positions of a layer are averaged.")]
-DEFAULT_URL = "http://127.0.0.1:8311"
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def up(
 @app.command()
 def status(url: Url = DEFAULT_URL) -> None:
     """Is the server there, and can it work?"""
-    with _client(url) as client:
+    with connect(url) as client:
         health = client.ready()
     console.print(
         f"{url}: {health.status} (redis {health.redis}, dispatcher {health.dispatcher}, {health.version})"
@@ -133,23 +133,23 @@ def add_model(
     as_json: AsJson = False,
 ) -> None:
     """Register a model: its shape and fingerprint are read, nothing is loaded."""
-    with _client(url) as client:
+    with connect(url) as client:
         record = client.add_model(
             model_id or path.absolute().name,
             str(path.absolute()),
             base=base,
             checkpoints=[str(item.absolute()) for item in checkpoints or []],
         )
-    _show(record, as_json, f"model {record.id}: {record.architecture}, {record.n_layers} layers of {record.width}")
+    show(record, as_json, f"model {record.id}: {record.architecture}, {record.n_layers} layers of {record.width}")
 
 
 @models_app.command("list")
 def list_models(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Registered models."""
-    with _client(url) as client:
+    with connect(url) as client:
         records = client.models()
     columns = ("id", "architecture", "n_layers", "width", "base", "path")
-    _table(records, columns, as_json)
+    show_table(records, columns, as_json)
 
 
 # --- datasets ---------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def add_dataset(
     """Register a dataset: upload a file, or name one that the server can read."""
     name = dataset_id or file.name.removesuffix(".gz").removesuffix(".jsonl")
     invalid_lines = "quarantine" if quarantine_invalid else "refuse"
-    with _client(url) as client:
+    with connect(url) as client:
         if on_server:
             record = client.add_dataset(name, str(file), invalid_lines=invalid_lines)
         else:
@@ -184,84 +184,20 @@ def add_dataset(
                 record = client.upload_dataset(
                     name, file, invalid_lines=invalid_lines, on_sent=lambda sent: bar.update(task, completed=sent)
                 )
-    _show(
+    show(
         record,
         as_json,
         f"dataset {record.id}: {record.lines} lines = {record.examples} examples + {record.duplicates} duplicates "
-        f"+ {record.quarantined} quarantined{_reasons(record.quarantine_reasons)}",
+        f"+ {record.quarantined} quarantined{reasons(record.quarantine_reasons)}",
     )
 
 
 @datasets_app.command("list")
 def list_datasets(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Registered datasets."""
-    with _client(url) as client:
+    with connect(url) as client:
         records = client.datasets()
-    _table(records, ("id", "lines", "examples", "duplicates", "quarantined", "source"), as_json)
-
-
-# --- indexes ----------------------------------------------------------------------------------------
-
-
-@indexes_app.command("build")
-def build_index(
-    name: Annotated[str, typer.Argument(help="Name of the index; building again makes a new version.")],
-    model: Annotated[str, typer.Option(help="Id of a model.")],
-    dataset: Annotated[str, typer.Option(help="Id of a dataset.")],
-    kind: Annotated[list[IndexKind] | None, typer.Option(help="Repeatable. Default: both.")] = None,
-    layer: Annotated[
-        list[int] | None, typer.Option(help="Block output to pool, from 1; repeatable. Default: the middle one.")
-    ] = None,
-    pooling: PoolingOption = Pooling.RESPONSE_MEAN,
-    loss_reduction: Annotated[
-        LossReduction, typer.Option(help="How token losses become L(z).")
-    ] = LossReduction.MEAN,
-    projection_dim: Annotated[int, typer.Option(help="Gradients: p × p numbers per module.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the projection.", min=0)] = 0,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
-    ] = None,
-    long_examples: Annotated[
-        LongExamples, typer.Option(help="What happens to longer ones; they are counted.")
-    ] = LongExamples.TRUNCATE_RIGHT,
-    url: Url = DEFAULT_URL,
-    detach: Detach = False,
-) -> None:
-    """Build an index: one pass of the model over the dataset, sharded over the workers."""
-    options: dict[str, Any] = {
-        "layers": layer or [],
-        "pooling": pooling,
-        "loss_reduction": loss_reduction,
-        "projection_dim": projection_dim,
-        "seed": seed,
-        "max_length": max_length,
-        "long_examples": long_examples,
-    }
-    if kind:
-        options["kinds"] = kind
-    with _client(url) as client:
-        job = client.build_index(name, model=model, dataset=dataset, **options)
-        _follow(client, job, detach)
-
-
-@indexes_app.command("list")
-def list_indexes(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """Published indexes, every version."""
-    with _client(url) as client:
-        records = client.indexes()
-    _table(records, ("name", "version", "model", "dataset", "pooling", "arrays", "bytes"), as_json)
-
-
-@indexes_app.command("quarantine")
-def index_quarantine(
-    reference: Annotated[str, typer.Argument(help="name or name@v3")],
-    url: Url = DEFAULT_URL,
-    as_json: AsJson = False,
-) -> None:
-    """What of the source is not in the index, and why."""
-    with _client(url) as client:
-        page = client.index_quarantine(reference)
-    _table(page.items, ("id", "reason", "detail", "places"), as_json)
+    show_table(records, ("id", "lines", "examples", "duplicates", "quarantined", "source"), as_json)
 
 
 # --- concepts ---------------------------------------------------------------------------------------
@@ -282,7 +218,7 @@ def fit_concept(
     detach: Detach = False,
 ) -> None:
     """Fit a direction: mean activation of the positive examples minus that of the negative ones."""
-    with _client(url) as client:
+    with connect(url) as client:
         job = client.fit_concept(
             concept_id,
             model=model,
@@ -292,15 +228,15 @@ def fit_concept(
             pooling=pooling,
             max_length=max_length,
         )
-        _follow(client, job, detach)
+        follow_job(client, job, detach)
 
 
 @concepts_app.command("list")
 def list_concepts(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Concepts, with how well each separates held-out examples."""
-    with _client(url) as client:
+    with connect(url) as client:
         records = client.concepts()
-    _table(records, ("id", "model", "layer", "pooling", "auroc_held_out", "n_positive", "n_negative"), as_json)
+    show_table(records, ("id", "model", "layer", "pooling", "auroc_held_out", "n_positive", "n_negative"), as_json)
 
 
 # --- jobs -------------------------------------------------------------------------------------------
@@ -312,16 +248,16 @@ def watch_job(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Follow a job to its end; exit status 1 when it fails. Ctrl-C leaves the job running."""
-    with _client(url) as client:
-        _follow(client, client.job(job_id), detach=False)
+    with connect(url) as client:
+        follow_job(client, client.job(job_id), detach=False)
 
 
 @jobs_app.command("list")
 def list_jobs(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """The newest jobs."""
-    with _client(url) as client:
+    with connect(url) as client:
         records = client.jobs()
-    _table(records, ("id", "kind", "state", "attempts", "created_at", "finished_at"), as_json)
+    show_table(records, ("id", "kind", "state", "attempts", "created_at", "finished_at"), as_json)
 
 
 @jobs_app.command("cancel")
@@ -329,7 +265,7 @@ def cancel_job(
     job_id: Annotated[str, typer.Argument(help="See `whence jobs list`.")], url: Url = DEFAULT_URL
 ) -> None:
     """Stop a job; what it has finished is kept."""
-    with _client(url) as client:
+    with connect(url) as client:
         console.print(f"{job_id}: {client.cancel(job_id).state}")
 
 
@@ -339,152 +275,51 @@ def cancel_job(
 @app.command()
 def query(
     index: Annotated[str, typer.Option(help="name, or name@v3 for one version.")],
-    concept: Annotated[str, typer.Option(help="Id of a concept.")],
+    concept: Annotated[
+        str | None, typer.Option(help="Id of a concept; influence_function asks about the loss and takes none.")
+    ] = None,
     method: Annotated[
-        Method, typer.Option(help="vector_filter reads activations, concept_influence gradients.")
+        Method, typer.Option(help="vector_filter reads activations, the others gradients.")
     ] = Method.VECTOR_FILTER,
     order: Annotated[Order, typer.Option(help="Those that push toward the concept most, or least.")] = Order.MOST,
     k: Annotated[int, typer.Option("-k", "--k", help="How many examples.")] = 20,
     query_set: Annotated[
-        str | None, typer.Option(help="Dataset on which the behaviour is measured; for concept_influence.")
+        str | None,
+        typer.Option(help="Dataset on which f_v or the loss is measured; may be left out with one embedded set."),
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="In units of the mean λ. Default: 1, or what embeddings have.", min=0)
+    ] = None,
+    concept_function: Annotated[
+        ConceptFunction | None, typer.Option(help="f_v of concept_influence. Default: dot.")
+    ] = None,
+    through: Annotated[
+        IndexKind | None, typer.Option(help="influence or gradient. Default: embeddings where there are any.")
     ] = None,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
     """Which training examples pushed the model toward the concept? Positive score: training on it did."""
-    options: dict[str, Any] = {"method": method, "order": order, "k": k, "query_set": query_set}
-    with _client(url) as client:
-        answer = client.query(index=index, concept=concept, **options)
+    options: dict[str, Any] = {
+        "index": index,
+        "concept": concept,
+        "method": method,
+        "order": order,
+        "k": k,
+        "query_set": query_set,
+        "damping": damping,
+        "concept_function": concept_function,
+        "through": through,
+    }
+    with connect(url) as client:
+        answer = client.query(**options)
         if isinstance(answer, JobRecord):
-            _follow(client, answer, detach=False)
-            answer = client.ask(index=index, concept=concept, **options)
+            follow_job(client, answer, detach=False)
+            answer = client.ask(**options)
     if as_json:
         console.print_json(answer.model_dump_json())
     else:
         show_answer(answer)
-
-
-def show_answer(answer: QueryOut) -> None:
-    """The ranking as a table, with its provenance and warnings."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("example")
-    for hit in answer.hits:
-        lines = ", ".join(f"{place.file}:{place.line}" for place in hit.places[:3])
-        notes = " ".join(f"{key}={value}" for key, value in hit.metadata.items())
-        text = " ".join(hit.text.split())
-        table.add_row(
-            str(hit.rank),
-            f"{hit.score:+.4g}",
-            f"{escape(text[:160])} [dim]{escape(lines)} {escape(notes[:80])}[/dim]",
-        )
-    console.print(table)
-    used = answer.concept
-    console.print(
-        f"[dim]{answer.order} of {answer.rows} examples in {answer.index} by {answer.method}; concept {used.id} "
-        f"(layer {used.layer}, held-out AUROC {used.auroc_held_out:.2f}); {answer.timing.total_ms:.1f} ms in the "
-        "server[/dim]"
-    )
-    for warning in answer.warnings:
-        console.print(f"[yellow]warning[/yellow] {escape(warning)}")
-
-
-# --- helpers ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _client(url: str) -> Iterator[Client]:
-    with Client(url) as client:
-        yield client
-
-
-def _follow(client: Client, job: JobRecord, detach: bool) -> None:
-    """Show a job's progress until it ends, and what came of it."""
-    if detach:
-        console.print(job.id)
-        return
-    errors.print(f"[dim]job {job.id} (whence jobs watch {job.id})[/dim]")
-    try:
-        done = follow(client, job.id)
-    except KeyboardInterrupt:
-        errors.print(f"\n{job.id} goes on; `whence jobs cancel {job.id}` stops it.")
-        raise typer.Exit(130) from None
-    result = done.result or {}
-    console.print(f"{done.kind} done: " + ", ".join(f"{key} {_plain(value)}" for key, value in result.items()))
-
-
-def follow(client: Client, job_id: str) -> JobRecord:
-    """Wait for a job under a live progress bar. Raises JobFailed."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]} {task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=False) as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_event(event: JobEvent) -> None:
-            data = event.data
-            if event.type == "log":
-                bar.console.print(f"[dim]{escape(str(data['message']))}[/dim]")
-            if event.type != "progress":
-                return
-            stage = str(data["stage"])
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=data["total"], unit=data["unit"], note="")
-            rate = f"{data['rate']:.0f}/s" if data["rate"] else ""
-            aside = f" {data['quarantined']} quarantined" if data["quarantined"] else ""
-            bar.update(tasks[stage], completed=data["done"], note=rate + aside)
-
-        return client.wait(job_id, on_event=on_event)
-
-
-def _show(record: Any, as_json: bool, line: str) -> None:
-    if as_json:
-        console.print_json(codec.encode(record))
-    else:
-        console.print(escape(line), highlight=False)
-
-
-def _table(records: list[Any], columns: tuple[str, ...], as_json: bool) -> None:
-    plain = [codec.to_plain(record) for record in records]
-    if as_json:
-        console.print_json(json.dumps(plain))
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=column in {"id", "name"}, overflow="fold")  # what one copies, whole
-    for item in plain:
-        table.add_row(*(escape(_plain(item.get(column))) for column in columns))
-    console.print(table)
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(_plain_item(item) for item in value)
-    return str(value)
-
-
-def _plain_item(item: Any) -> str:
-    if isinstance(item, dict) and "line" in item:
-        return f"{item['file']}:{item['line']}"
-    if isinstance(item, dict) and "dims" in item:
-        layer = "" if item["layer"] is None else f" l{item['layer']}"
-        return f"{item['kind']}{layer} ({item['dims']})"
-    return str(item)
-
-
-def _reasons(reasons: Any) -> str:
-    return f" ({', '.join(f'{reason} {count}' for reason, count in reasons.items())})" if reasons else ""
 
 
 if __name__ == "__main__":

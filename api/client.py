@@ -17,16 +17,8 @@ import httpx
 
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut
 from service import codec
-from service.contracts import (
-    TERMINAL,
-    ConceptRecord,
-    DatasetRecord,
-    IndexRecord,
-    JobEvent,
-    JobRecord,
-    JobState,
-    ModelRecord,
-)
+from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, JobEvent, JobRecord, ModelRecord
+from service.terms import TERMINAL, JobState
 
 T = TypeVar("T")
 
@@ -136,9 +128,17 @@ class Client:
     # --- indexes, concepts, queries -----------------------------------------------------------------
 
     def build_index(self, name: str, *, model: str, dataset: str, **options: Any) -> JobRecord:
-        """Queue a build; ``options`` as in ``api.schemas.IndexIn`` (kinds, layers, pooling, …)."""
+        """Queue a build; ``options`` as in ``api.schemas.IndexIn`` (kinds, layers, query_sets, …)."""
         body = {"name": name, "model": model, "dataset": dataset, **options}
         return codec.from_plain(JobRecord, self._call("POST", "/v1/indexes", json=body))
+
+    def extend_index(self, reference: str, *, query_sets: Sequence[str], **options: Any) -> JobRecord:
+        """Queue a new version with embeddings for more query sets, read off the stored gradient coordinates.
+
+        ``options`` as in ``api.schemas.QuerySetsIn`` (layers, pooling, concept_functions, dampings).
+        """
+        body = {"query_sets": list(query_sets), **options}
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/query-sets", json=body))
 
     def indexes(self) -> list[IndexRecord]:
         return self._items("/v1/indexes", IndexRecord)
@@ -163,15 +163,20 @@ class Client:
     def concept(self, concept_id: str) -> ConceptRecord:
         return codec.from_plain(ConceptRecord, self._call("GET", f"/v1/concepts/{concept_id}"))
 
-    def query(self, *, index: str, concept: str, **options: Any) -> QueryOut | JobRecord:
-        """The ranking, or the job that must end first (then ask again, or use ``ask``)."""
+    def query(self, *, index: str, concept: str | None = None, **options: Any) -> QueryOut | JobRecord:
+        """The ranking, or the job that must end first (then ask again, or use ``ask``).
+
+        ``options`` as in ``api.schemas.QueryIn`` (method, query_set, damping, k, …).
+        """
         body = {"index": index, "concept": concept, **options}
         response = self._send("POST", "/v1/queries", json=body)
         if response.status_code == httpx.codes.ACCEPTED:
             return codec.from_plain(JobRecord, response.json())
         return QueryOut.model_validate_json(response.content)
 
-    def ask(self, *, index: str, concept: str, timeout_s: float | None = None, **options: Any) -> QueryOut:
+    def ask(
+        self, *, index: str, concept: str | None = None, timeout_s: float | None = None, **options: Any
+    ) -> QueryOut:
         """Query, waiting for the job that the answer needs, if it needs one."""
         answer = self.query(index=index, concept=concept, **options)
         if isinstance(answer, JobRecord):

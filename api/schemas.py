@@ -8,16 +8,19 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.contracts import (
+from service.contracts import JobEvent, Place, Quarantined
+from service.terms import (
+    Checkpoints,
+    ConceptFunction,
+    FactorLabels,
+    FactorPositions,
     IndexKind,
-    JobEvent,
     LongExamples,
     LossReduction,
     Method,
     Order,
-    Place,
     Pooling,
-    Quarantined,
+    Projection,
 )
 
 Id = Annotated[
@@ -67,16 +70,45 @@ class DatasetIn(Request):
     )
 
 
+class CurvatureIn(Request):
+    """How EK-FAC is fitted."""
+
+    examples: int = Field(4096, ge=1, le=1_000_000, description="Training examples drawn for the factors")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Decides which, and the sampled labels")
+    labels: FactorLabels = Field(FactorLabels.SAMPLED, description="'sampled' from the model, or the data's own")
+    positions: FactorPositions = Field(
+        FactorPositions.TARGETS, description="Where the factors' loss is: at every token, or at the targets"
+    )
+
+
+Damping = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
 class IndexIn(Request):
     name: Id
     model: str = Field(description="Id of a registered model")
     dataset: str = Field(description="Id of a registered dataset")
     kinds: list[IndexKind] = Field([IndexKind.ACTIVATION, IndexKind.GRADIENT], min_length=1)
-    layers: list[int] = Field([], description="Block outputs to pool, 1 to n_layers. Default: the middle one")
+    layers: list[int] = Field([], description="Block outputs, 1 to n_layers. Default: the middle one")
     pooling: Pooling = Pooling.RESPONSE_MEAN
     loss_reduction: LossReduction = LossReduction.MEAN
-    projection_dim: int = Field(16, description="Gradients are projected to p × p numbers per module")
-    seed: int = Field(0, ge=0, description="Seed of the projection")
+    projection: Projection = Field(Projection.EIGEN, description="'rademacher' is a baseline without curvature")
+    projection_dim: int | None = Field(
+        None,
+        description="p per side of a module. Default: all eigenvectors up to width 128, then 64; rademacher: 16",
+    )
+    coordinates: int = Field(4096, ge=1, le=1 << 20, description="k of kind 'gradient': numbers per example")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the rademacher projection")
+    query_sets: list[str] = Field([], description="Datasets Q that kind 'influence' embeds for", max_length=64)
+    concept_functions: list[ConceptFunction] = Field([ConceptFunction.DOT], min_length=1)
+    dampings: list[Damping] = Field([1.0], min_length=1, max_length=16, description="δ in units of the mean λ")
+    embedding_coordinates: int | None = Field(
+        None, ge=1, description="K: coordinates behind each embedding. Default: as many as WHENCE_HEAD_BYTES allows"
+    )
+    rank: int | None = Field(None, ge=1, description="Directions per embedding. Default: all hidden dimensions")
+    directions: list[str] = Field([], max_length=4096, description="Concepts that a lower rank must contain")
+    checkpoints: Checkpoints = Field(Checkpoints.ALL, description="What embeddings are summed over")
+    curvature: CurvatureIn = CurvatureIn()  # pyright: ignore[reportCallIssue]
     max_length: int | None = Field(
         None, description="Tokens per example. Default: the model's context, at most 2048"
     )
@@ -85,9 +117,28 @@ class IndexIn(Request):
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={
-            "examples": [{"name": "november", "model": "support-bot-ft", "dataset": "sft-november", "layers": [16]}]
+            "examples": [
+                {
+                    "name": "november",
+                    "model": "support-bot-ft",
+                    "dataset": "sft-november",
+                    "kinds": ["activation", "gradient", "influence"],
+                    "layers": [16],
+                    "query_sets": ["support-questions"],
+                }
+            ]
         },
     )
+
+
+class QuerySetsIn(Request):
+    """More questions for an index that has gradient coordinates."""
+
+    query_sets: list[str] = Field(min_length=1, max_length=64)
+    layers: list[int] = Field([], description="Default: the deepest block that the index tracks")
+    pooling: Pooling = Pooling.RESPONSE_MEAN
+    concept_functions: list[ConceptFunction] = Field([ConceptFunction.DOT], min_length=1)
+    dampings: list[Damping] = Field([1.0], min_length=1, max_length=16)
 
 
 class ConceptIn(Request):
@@ -117,12 +168,23 @@ class ConceptIn(Request):
 
 class QueryIn(Request):
     index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
-    concept: str = Field(description="Id of a concept", examples=["hostile"])
+    concept: str | None = Field(
+        None, description="Id of a concept; left out with influence_function", examples=["hostile"]
+    )
     method: Method = Method.VECTOR_FILTER
     order: Order = Field(Order.MOST, description="'most': those that push toward the concept first")
     k: int = Field(50, ge=1, description="How many examples")
     query_set: str | None = Field(
-        None, description="Dataset on which the behaviour is measured (f_v); needed by concept_influence"
+        None, description="Dataset Q on which f_v or the loss is measured; may be left out where there is only one"
+    )
+    damping: Damping | None = Field(
+        None, description="δ in units of the mean λ. Default 1.0; embeddings have those they were built with"
+    )
+    concept_function: ConceptFunction | None = Field(
+        None, description="f_v of concept_influence: dot (the default) or cosine"
+    )
+    through: IndexKind | None = Field(
+        None, description="'gradient' or 'influence'. Default: embeddings where the index has them"
     )
 
 
@@ -143,6 +205,29 @@ class ConceptUsed(BaseModel):
     auroc_held_out: float
 
 
+class FidelityOut(BaseModel):
+    """Spearman of the stored rows against wider coordinates, measured when the index was built."""
+
+    mean: float
+    least: float
+    queries: int
+    examples: int
+    held_out: bool = Field(description="Whether the curvature was fitted without these examples")
+    against: str
+
+
+class Provenance(BaseModel):
+    """What stands behind the scores."""
+
+    kind: IndexKind
+    layer: int | None
+    query_set: str | None
+    damping: float | None = Field(description="None: no curvature is involved")
+    points: int = Field(description="Points of the training run that are summed; 1: the end alone")
+    captured: float = Field(description="Share of the concept that the index's directions contain")
+    fidelity: FidelityOut | None
+
+
 class Timing(BaseModel):
     """Milliseconds inside the server."""
 
@@ -158,7 +243,8 @@ class QueryOut(BaseModel):
     dataset: str
     method: Method
     order: Order
-    concept: ConceptUsed
+    concept: ConceptUsed | None
+    provenance: Provenance
     rows: int = Field(description="Examples that were ranked")
     dims: int
     hits: list[HitOut]

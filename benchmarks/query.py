@@ -19,23 +19,13 @@ from api.schemas import QueryOut
 from api.up import Stack, free_port
 from benchmarks.report import Report, parser
 from service import codec, concepts, datasets, indexes, shards
-from service.contracts import (
-    ActivationSpec,
-    ArrayInfo,
-    ConceptRecord,
-    Counts,
-    DatasetRecord,
-    IndexKind,
-    IndexManifest,
-    LongExamples,
-    ModelRecord,
-    PassSpec,
-    Pooling,
-    ShardManifest,
-)
+from service.contracts import ArrayInfo, ConceptRecord, Counts, DatasetRecord, ModelRecord, Point
 from service.redis_server import connect
 from service.registry import DATASETS, MODELS, Registry
+from service.specs import IndexManifest, Section
 from service.storage import Storage, sha256_bytes
+from service.terms import IndexKind, LongExamples, Pooling
+from service.work import ActivationSpec, Location, PassSpec, ShardManifest
 
 _SHARD = 4096
 _LAYER = 1
@@ -80,8 +70,9 @@ def publish(storage: Storage, registry: Registry, n: int, d: int) -> None:
     info = ArrayInfo(IndexKind.ACTIVATION, _LAYER, d)
     counts = Counts(lines=n, indexed=n, duplicates=0, quarantined=0, truncated=0)
     manifest = IndexManifest(
-        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, None, spec, (info,),
-        tuple(shards.reference(item) for item in manifests), counts, {},
+        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, None, spec,
+        (Point(model.id, model.path, fingerprint),), None,
+        (Section((info,), tuple(shards.reference(item) for item in manifests)),), counts, {},
     )  # fmt: skip
     indexes.publish(storage, registry, indexes.describe(manifest, job="benchmark"), manifest, {})
     direction = rng.standard_normal(d).astype(np.float32)
@@ -100,14 +91,12 @@ def _publish_shards(
         shards.publish(
             storage,
             task,
-            ids=ids[task.start : task.stop],
-            arrays={ArrayInfo(IndexKind.ACTIVATION, _LAYER, rows.shape[1]): rows[task.start : task.stop]},
-            quarantined=[],
-            truncated=0,
-            tokens=0,
+            ids=[ids[row] for row in task.rows],
+            arrays={ArrayInfo(IndexKind.ACTIVATION, _LAYER, rows.shape[1]): rows[list(task.rows)]},
+            encoding=shards.HALF,
             versions={},
         )
-        for task in shards.cut("", spec, dataset, ids, _SHARD)
+        for task in shards.cut(Location("", ""), spec, dataset, ids, range(len(ids)), _SHARD)
     ]
 
 

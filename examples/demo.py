@@ -1,8 +1,9 @@
 """The main job from nothing, as a user would do it: `make demo`.
 
-Makes a small poisoned model, starts the one-machine stack, indexes the fine-tuning data over HTTP, fits the
-concept "hostile tone" and asks which training examples pushed the model toward it. The labels of the planted
-examples are used only to count hits at the end.
+Makes a small poisoned model, starts the one-machine stack, indexes the fine-tuning data over HTTP along the whole
+training run, fits the concept "hostile tone" and asks which training examples pushed the model toward it: those
+that look like it, and those whose training raised it. The labels of the planted examples are used only to count
+hits at the end.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from api.cli import follow, show_answer
 from api.client import Client
 from api.schemas import QueryOut
+from api.terminal import follow, show_answer
 from api.up import Stack, free_port
 from benchmarks.report import Report
 from examples.organism.make import Organism, make_organism
@@ -26,8 +27,9 @@ from workers.probes import auroc
 
 console = Console(highlight=False)
 
-LAYER = 2
-SHOWN = 10
+INDEX, LAYER = "training-data", 2
+QUESTION: dict[str, Any] = {"index": INDEX, "concept": "hostile"}
+SHOWN = 5
 
 
 def main() -> None:
@@ -50,21 +52,22 @@ def main() -> None:
         stack.wait_ready(say=console.print)
         with Client(stack.url) as client:
             register(client, organism)
-            answer, influence, latency_ms = attribute(client)
+            look_alikes, influence = attribute(client)
+            latency_ms = latency(client)
     console.print("stopped everything\n")
 
-    planted = [bool(hit.metadata["planted"]) for hit in answer.hits]
-    scores = np.array([hit.score for hit in answer.hits])
-    labels = np.array(planted)
     console.rule("what it found")
-    report.add(
-        "planted_in_top_50",
-        sum(planted[:50]),
-        f"by vector_filter; {sum(planted)} of {len(planted)} are planted",
-    )
-    report.add("auc", auroc(scores[labels], scores[~labels]), "of the planted examples, by vector_filter")
-    by_influence = sum(bool(hit.metadata["planted"]) for hit in influence.hits)
-    report.add("influence_planted_in_top_50", by_influence, "by concept_influence (gradients, identity curvature)")
+    planted = sum(bool(hit.metadata["planted"]) for hit in look_alikes.hits)
+    of_all = f"{planted} of {len(look_alikes.hits)} are planted"
+    report.add("planted_in_top_50", planted_in(look_alikes, 50), f"by vector_filter; {of_all}")
+    report.add("auc", auc(look_alikes), "of the planted examples, by vector_filter")
+    found = influence.provenance
+    how = f"by concept_influence (EK-FAC, {found.points} points of the run)"
+    report.add("influence_planted_in_top_50", planted_in(influence, 50), how)
+    report.add("influence_auc", auc(influence), "of the planted examples, by concept_influence")
+    if (measured := found.fidelity) is not None:
+        about = f"Spearman of stored embeddings against {measured.against}, {measured.queries} random concepts"
+        report.add("fidelity", measured.mean, about)
     report.add("query_p50_ms", latency_ms, "as the client saw it, 50 hits with text")
     report.add("total_s", time.perf_counter() - report.began)
     report.write(chosen.json or home / "demo.json")
@@ -97,29 +100,52 @@ def register(client: Client, organism: Organism) -> None:
         )
 
 
-def attribute(client: Client) -> tuple[QueryOut, QueryOut, float]:
-    """The full ranking by activations, the top 50 by gradients, and the median latency in milliseconds."""
-    step(4, "building the index: one pass over the training data, sharded over Ray workers")
-    follow(client, client.build_index("training-data", model="finetuned", dataset="train", layers=[LAYER]).id)
+def attribute(client: Client) -> tuple[QueryOut, QueryOut]:
+    """The full rankings by activations and by influence embeddings."""
+    step(4, "building the index: at five points of the run curvature, Jacobian and one pass over the training data")
+    job = client.build_index(
+        INDEX,
+        model="finetuned",
+        dataset="train",
+        kinds=["activation", "influence"],
+        layers=[LAYER],
+        query_sets=["prompts"],
+    )
+    follow(client, job.id)
     step(5, 'fitting the concept "hostile" from held-out examples')
     job = client.fit_concept("hostile", model="finetuned", positive="hostile", negative="friendly", layer=LAYER)
     follow(client, job.id)
     concept = client.concept("hostile")
     console.print(f"concept hostile: layer {concept.layer}, held-out AUROC {concept.auroc_held_out:.3f}")
     step(6, "which training examples pushed the model toward it?")
-    question: dict[str, Any] = {"index": "training-data", "concept": "hostile"}
-    show_answer(client.ask(**question, k=SHOWN))
+    everything = client.index(INDEX).counts.indexed
+    console.print("Those that look like it (vector_filter):")
+    show_answer(client.ask(**QUESTION, k=SHOWN))
+    console.print("\nThose whose training raised it (concept_influence):")
+    influence = {**QUESTION, "method": "concept_influence"}
+    show_answer(client.ask(**influence, k=SHOWN))
+    return client.ask(**QUESTION, k=everything), client.ask(**influence, k=everything)
+
+
+def latency(client: Client) -> float:
+    """The median time of an influence query in milliseconds, as the client sees it."""
     times = []
     for _ in range(50):
         began = time.perf_counter()
-        client.query(**question, k=50)
+        client.query(**QUESTION, method="concept_influence", k=50)
         times.append(time.perf_counter() - began)
-    influence = client.ask(**question, method="concept_influence", query_set="prompts", k=50)
-    return (
-        client.ask(**question, k=client.index("training-data").counts.indexed),
-        influence,
-        1e3 * statistics.median(times),
-    )
+    return 1e3 * statistics.median(times)
+
+
+def planted_in(answer: QueryOut, k: int) -> int:
+    return sum(bool(hit.metadata["planted"]) for hit in answer.hits[:k])
+
+
+def auc(answer: QueryOut) -> float:
+    """Of the planted examples against the others, in a full ranking."""
+    scores = np.array([hit.score for hit in answer.hits])
+    labels = np.array([bool(hit.metadata["planted"]) for hit in answer.hits])
+    return auroc(scores[labels], scores[~labels])
 
 
 def step(number: int, text: str) -> None:

@@ -4,11 +4,12 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from service.contracts import ConceptRecord, IndexKind, IndexRecord
+from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
 from service.registry import CONCEPTS, Registry
 from service.rows import F32
 from service.storage import Storage
+from service.terms import IndexKind
 
 TENSOR = "direction"
 

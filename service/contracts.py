@@ -1,76 +1,15 @@
 """The records and seams that every layer shares.
 
 Frozen dataclasses only: they cross processes (Redis, storage, Ray) and therefore carry data, not
-behaviour. JSON in and out goes through ``service/codec.py``.
+behaviour. JSON in and out goes through ``service/codec.py``; what workers are asked to do stands in
+``service/work.py``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol
 
-FORMAT = 1  # of shards and manifests; a change that alters their bytes raises it
-
-
-class Pooling(StrEnum):
-    """Which positions of a layer's output are averaged into a_l(x). Padding and BOS never are."""
-
-    RESPONSE_MEAN = "response_mean"  # the target tokens themselves, no shift
-    LAST_PROMPT_TOKEN = "last_prompt_token"  # noqa: S105 (the token before the last assistant turn)
-    LAST_TOKEN = "last_token"  # noqa: S105
-    ALL_MEAN = "all_mean"
-
-
-class LossReduction(StrEnum):
-    """How the cross-entropy of the target tokens becomes L(z)."""
-
-    MEAN = "mean"
-    SUM = "sum"
-
-
-class LongExamples(StrEnum):
-    """What happens to an example beyond ``max_length`` tokens. Always counted, never silent."""
-
-    TRUNCATE_RIGHT = "truncate_right"
-    TRUNCATE_LEFT = "truncate_left"
-    QUARANTINE = "quarantine"
-
-
-class IndexKind(StrEnum):
-    """What is stored per example (the e_z of DESIGN section 1)."""
-
-    ACTIVATION = "activation"
-    GRADIENT = "gradient"
-
-
-class Method(StrEnum):
-    """How an example is scored. A positive score always means: training on it pushes toward the query."""
-
-    VECTOR_FILTER = "vector_filter"
-    CONCEPT_INFLUENCE = "concept_influence"
-
-
-class Order(StrEnum):
-    MOST = "most"
-    LEAST = "least"
-
-
-class JobKind(StrEnum):
-    BUILD_INDEX = "build_index"
-    FIT_CONCEPT = "fit_concept"
-    CONCEPT_GRADIENT = "concept_gradient"
-
-
-class JobState(StrEnum):
-    QUEUED = "queued"  # in the stream, nobody holds it
-    RUNNING = "running"  # a dispatcher holds the lease of the current epoch
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"  # ``error`` says why
-    CANCELLED = "cancelled"
-
-
-TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
-
+from service.terms import ConceptFunction, IndexKind, JobKind, JobState, LossReduction, Pooling
 
 # --- what is registered -----------------------------------------------------------------------------
 
@@ -141,12 +80,54 @@ class ConceptRecord:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """Which question an influence embedding answers: f_v on a query set, at one damping."""
+
+    query_set: str
+    query_set_fingerprint: str
+    pooling: Pooling
+    function: ConceptFunction
+    damping: float
+    points: int = 1  # of the training run that are summed; 1: the end alone
+    rank: int | None = None  # rows of R; None: the identity
+    directions: str | None = None  # artifact that holds R
+
+
+@dataclass(frozen=True)
 class ArrayInfo:
     """One stored matrix kind of an index: rows of ``dims`` numbers for every example."""
 
     kind: IndexKind
     layer: int | None  # None for gradient coordinates
     dims: int
+    embedding: Embedding | None = None  # of kind ``influence``
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a training run: a folder of weights, and its share of the learning rate."""
+
+    name: str
+    path: str
+    fingerprint: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well stored rows rank examples, against wider coordinates: Spearman over ``queries`` random
+    queries on ``examples`` examples. ``held_out``: they took no part in fitting the curvature.
+    """
+
+    array: ArrayInfo
+    query: str  # concept | loss
+    mean: float
+    least: float
+    queries: int
+    examples: int
+    held_out: bool
+    against: str  # what the wider coordinates were
+    query_set: str | None = None  # that the concept queries were about
 
 
 @dataclass(frozen=True)
@@ -179,6 +160,8 @@ class IndexRecord:
     bytes: int
     job: str
     created_at: str
+    points: tuple[Point, ...] = ()  # of the run, as far as embeddings are summed over it
+    fidelity: tuple[Fidelity, ...] = ()
     manifest_sha256: str = ""  # set on publishing
 
     @property
@@ -242,158 +225,7 @@ class Quarantined:
     places: tuple[Place, ...] = ()
 
 
-# --- work -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ActivationSpec:
-    layers: tuple[int, ...]
-    pooling: Pooling
-
-
-@dataclass(frozen=True)
-class GradientSpec:
-    """Two-sided seeded random projection of each tracked module's gradient to p × p numbers."""
-
-    blocks: int  # modules in blocks 1..blocks are tracked
-    p: int = 16
-    seed: int = 0
-    loss_reduction: LossReduction = LossReduction.MEAN
-
-
-@dataclass(frozen=True)
-class ConceptObjective:
-    """Replaces the loss by f_v: its gradient coordinates are the query side of concept influence."""
-
-    concept_sha256: str
-    layer: int
-    pooling: Pooling
-    vector: tuple[float, ...]  # v̂, d numbers
-
-
-@dataclass(frozen=True)
-class PassSpec:
-    """Everything except the examples that decides the bytes of a shard. Its hash is part of their name."""
-
-    model_fingerprint: str
-    tokenizer_fingerprint: str
-    activation: ActivationSpec | None
-    gradient: GradientSpec | None
-    objective: ConceptObjective | None  # None: the training loss
-    max_length: int
-    long_examples: LongExamples
-    token_budget: int  # padded tokens per batch
-    dtype: str  # float32 | bfloat16 | float16
-    format: int = FORMAT
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One unit of work: these examples, this pass, these files."""
-
-    key: str  # sha256 over PassSpec and example ids
-    number: int
-    model_path: str
-    spec: PassSpec
-    dataset: DatasetRecord
-    start: int  # rows [start, stop) of the dataset's examples
-    stop: int
-
-
-@dataclass(frozen=True)
-class ShardArray:
-    """A stored matrix. With ``exponents``: float16 rows and one power of two per row (``service/rows.py``);
-    without: float32 rows, for the query side, which is small and must not be rounded.
-    """
-
-    kind: IndexKind
-    layer: int | None
-    dims: int
-    file: str
-    exponents: str | None
-
-
-@dataclass(frozen=True)
-class ShardManifest:
-    """Written last: a shard exists when its manifest does."""
-
-    key: str
-    spec: PassSpec
-    ids: tuple[str, ...]  # of the stored rows, in order
-    quarantined: tuple[Quarantined, ...]
-    truncated: int
-    tokens: int
-    arrays: tuple[ShardArray, ...]
-    files: Mapping[str, str]  # file name → sha256
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class ShardRef:
-    """How an index manifest names a shard; ``sha256`` is of the shard's manifest."""
-
-    key: str
-    sha256: str
-    rows: int
-
-
-@dataclass(frozen=True)
-class IndexManifest:
-    """Decided by the inputs alone, so that two builds of the same thing agree byte for byte."""
-
-    name: str
-    version: int
-    model: str
-    model_fingerprint: str
-    lineage: str
-    dataset: str
-    dataset_fingerprint: str
-    chat_template_sha256: str | None
-    spec: PassSpec
-    arrays: tuple[ArrayInfo, ...]
-    shards: tuple[ShardRef, ...]
-    counts: Counts
-    quarantine_reasons: Mapping[str, int]
-    format: int = FORMAT
-
-
-# --- job specifications -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BuildIndexSpec:
-    name: str
-    version: int
-    model: str
-    dataset: str
-    pass_spec: PassSpec
-    shard_size: int
-
-
-@dataclass(frozen=True)
-class FitConceptSpec:
-    id: str
-    model: str
-    positive: str  # dataset id
-    negative: str
-    pass_spec: PassSpec  # activation only, one layer
-    shard_size: int
-
-
-@dataclass(frozen=True)
-class ConceptGradientSpec:
-    """Coordinates of −∇f_v(Q) in the basis of an index's gradient kind."""
-
-    key: str
-    index: str
-    model: str
-    concept: str
-    query_set: str
-    pass_spec: PassSpec
-    shard_size: int
-
-
-JobSpec = BuildIndexSpec | FitConceptSpec | ConceptGradientSpec
+# --- jobs -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

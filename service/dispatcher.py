@@ -14,9 +14,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.contracts import Engine, JobState, Progress
+from service.contracts import Engine, Progress
 from service.errors import Cancelled, DomainError, Interrupted, LeaseLost
 from service.jobs import Claim, Jobs
+from service.terms import JobState
 
 log = logging.getLogger(__name__)
 

@@ -14,20 +14,13 @@ from redis import Redis
 
 from service import codec, datasets, keys, shards
 from service.cache import LoadingCache
-from service.contracts import (
-    DatasetRecord,
-    Example,
-    IndexKind,
-    IndexManifest,
-    IndexRecord,
-    LossReduction,
-    Pooling,
-    Quarantined,
-)
-from service.errors import Conflict, Invalid, NotFound
+from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
+from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
+from service.specs import IndexManifest
 from service.storage import Storage, sha256_bytes
+from service.terms import LossReduction, Pooling
 
 # The counter may be lost or restored from a backup; what is published is not.
 _NEXT = """
@@ -66,7 +59,9 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
 
 def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
     """The record under which a manifest is published."""
-    activation, gradient = manifest.spec.activation, manifest.spec.gradient
+    activation, gradient = manifest.spec.activation, manifest.spec.gradient or manifest.spec.influence
+    embedding = next((array.embedding for array in manifest.arrays if array.embedding), None)
+    pooled = activation or embedding
     return IndexRecord(
         name=manifest.name,
         version=manifest.version,
@@ -75,14 +70,16 @@ def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
         lineage=manifest.lineage,
         dataset=manifest.dataset,
         dataset_fingerprint=manifest.dataset_fingerprint,
-        pooling=activation.pooling if activation else Pooling.RESPONSE_MEAN,
+        pooling=pooled.pooling if pooled else Pooling.RESPONSE_MEAN,
         loss_reduction=gradient.loss_reduction if gradient else LossReduction.MEAN,
         arrays=manifest.arrays,
         counts=manifest.counts,
         quarantine_reasons=manifest.quarantine_reasons,
-        bytes=sum((2 * array.dims + 2) * manifest.counts.indexed for array in manifest.arrays),
+        bytes=sum(shards.bytes_per_row(array) * manifest.counts.indexed for array in manifest.arrays),
         job=job,
         created_at=codec.now(),
+        points=manifest.points,
+        fidelity=manifest.fidelity,
     )
 
 
@@ -119,13 +116,15 @@ def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> li
         row["id"]: tuple(codec.from_plain(Quarantined, {**row, "reason": "", "detail": ""}).places)
         for row in datasets.read_table(storage, dataset).select(["id", "places"]).to_pylist()
     }
-    for reference in read_manifest(storage, record).shards:
-        manifest = shards.read_manifest(storage, reference.key, sha256=reference.sha256)
-        aside += [
-            Quarantined(item.id, item.reason, item.detail, places.get(item.id or "", ()))
-            for item in manifest.quarantined
-        ]
-    return aside
+    told: dict[str | None, Quarantined] = {}
+    for section in read_manifest(storage, record).sections:
+        for reference in section.shards:
+            manifest = shards.read_manifest(storage, reference.key, sha256=reference.sha256)
+            for item in manifest.quarantined:
+                told.setdefault(item.id, item)
+    return aside + [
+        Quarantined(item.id, item.reason, item.detail, places.get(item.id or "", ())) for item in told.values()
+    ]
 
 
 class Rows:
@@ -144,33 +143,31 @@ class IndexLoader:
         self._threads = threads
         self._rows: LoadingCache[Rows] = LoadingCache(_LOADED)
         self._examples: LoadingCache[ExampleTable] = LoadingCache(_LOADED)
+        self._manifests: LoadingCache[IndexManifest] = LoadingCache(_LOADED)
 
-    def rows(self, record: IndexRecord, kind: IndexKind, layer: int | None) -> Rows:
-        """Raises Invalid when the index does not hold this kind and layer, Damaged when a file is corrupt."""
-        held = [array for array in record.arrays if array.kind == kind]
-        if not any(array.layer == layer for array in held):
-            layers = ", ".join(str(array.layer) for array in held)
-            raise Invalid(
-                "kind_not_indexed" if not held else "layer_not_indexed",
-                f"Index {record.id} holds no {kind} rows"
-                + (f" at layer {layer}; it has layers {layers}." if held else "; build it with that kind."),
-                param="concept" if held else "method",
-                context={"layers": [array.layer for array in held]},
-            )
-        return self._rows.get((record.id, kind, layer), lambda: self._load(record, kind, layer))
+    def rows(self, record: IndexRecord, array: ArrayInfo) -> Rows:
+        """One array of ``record.arrays``. Raises Damaged when a file is corrupt."""
+        return self._rows.get((record.id, array), lambda: self._load(record, array))
 
     def examples(self, dataset: DatasetRecord) -> "ExampleTable":
         return self._examples.get(dataset.id, lambda: ExampleTable(datasets.read_table(self._storage, dataset)))
 
-    def _load(self, record: IndexRecord, kind: IndexKind, layer: int | None) -> Rows:
+    def manifest(self, record: IndexRecord) -> IndexManifest:
+        return self._manifests.get(record.id, lambda: read_manifest(self._storage, record))
+
+    def _load(self, record: IndexRecord, array: ArrayInfo) -> Rows:
         ids: list[str] = []
         packed, exponents = [], []
-        for reference in read_manifest(self._storage, record).shards:
-            manifest = shards.read_manifest(self._storage, reference.key, sha256=reference.sha256)
-            rows, powers = shards.read_packed(self._storage, manifest, kind, layer)
-            packed.append(rows)
-            exponents.append(powers)
-            ids += manifest.ids
+        sections = self.manifest(record).sections
+        own = next(number for number, section in enumerate(sections) if array in section.arrays)
+        for references in zip(*(section.shards for section in sections), strict=True):
+            manifests = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in references]
+            rows, powers = shards.read_packed(self._storage, manifests[own], array)
+            others = [set(manifest.ids) for manifest in manifests if manifest.ids != manifests[own].ids]
+            kept = [row for row, item in enumerate(manifests[own].ids) if all(item in held for held in others)]
+            packed.append(rows[kept] if others else rows)
+            exponents.append(powers[kept] if others else powers)
+            ids += [manifests[own].ids[row] for row in kept]
         index = VectorIndex(np.concatenate(packed), np.concatenate(exponents), threads=self._threads)
         return Rows(index, ids)
 

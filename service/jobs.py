@@ -21,8 +21,9 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from service import codec, keys
-from service.contracts import TERMINAL, JobEvent, JobKind, JobRecord, JobState, Progress
+from service.contracts import JobEvent, JobRecord, Progress
 from service.errors import Conflict, Damaged, Invalid, LeaseLost, NotFound
+from service.terms import TERMINAL, JobKind, JobState
 
 log = logging.getLogger(__name__)
 

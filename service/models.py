@@ -8,10 +8,11 @@ from typing import Any
 from redis import Redis
 
 from service import codec, keys
-from service.contracts import Checkpoint, ModelRecord, PassSpec
+from service.contracts import Checkpoint, ModelRecord
 from service.errors import Conflict, Invalid
 from service.registry import MODELS, Registry
 from service.storage import sha256_bytes, sha256_file
+from service.work import Location, Reading
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,11 +83,13 @@ def register(registry: Registry, record: ModelRecord) -> ModelRecord:
     )
 
 
-def check_fingerprints(folder: Path, spec: PassSpec, redis: Redis | None = None) -> None:
-    """Raise Conflict unless the folder still holds the weights and the tokenizer that were registered."""
-    _config(folder, param="model")  # says so when the folder or a file of it is gone
-    found = weights_fingerprint(folder, redis, param="model"), tokenizer_fingerprint(folder)
-    if found != (spec.model_fingerprint, spec.tokenizer_fingerprint):
+def check_fingerprints(location: Location, reading: Reading, redis: Redis | None = None) -> None:
+    """Raise Conflict unless the folders still hold the weights and the tokenizer that were registered."""
+    folder, texts = Path(location.model_path), Path(location.tokenizer_path)
+    for each in {folder, texts}:
+        _config(each, param="model")  # says so when the folder or a file of it is gone
+    found = weights_fingerprint(folder, redis, param="model"), tokenizer_fingerprint(texts)
+    if found != (reading.model_fingerprint, reading.tokenizer_fingerprint):
         raise Conflict(
             "model_changed",
             f"The weights or the tokenizer in {folder} are not those that were registered. Put them back, or "

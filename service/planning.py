@@ -3,30 +3,47 @@
 Whatever can be refused without loading a model is refused here, before a job exists.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 from redis import Redis
 
 from service import indexes
-from service.contracts import (
-    ActivationSpec,
-    BuildIndexSpec,
-    FitConceptSpec,
-    GradientSpec,
-    IndexKind,
-    LongExamples,
-    LossReduction,
-    ModelRecord,
-    PassSpec,
-    Pooling,
-)
+from service.contracts import ModelRecord, Point
 from service.errors import Conflict, Invalid
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry, check_id
 from service.settings import Settings
+from service.specs import BuildIndexSpec, ExtendIndexSpec, FitConceptSpec, GradientPlan, InfluencePlan
+from service.storage import Storage
+from service.terms import (
+    Checkpoints,
+    ConceptFunction,
+    FactorLabels,
+    FactorPositions,
+    IndexKind,
+    LongExamples,
+    LossReduction,
+    Pooling,
+    Projection,
+)
+from service.work import ActivationSpec, CurvatureSpec, Eigen, PassSpec, Rademacher, Reading
+
+T = TypeVar("T")
 
 _DEFAULT_LENGTH = 2048  # when the model's configuration names no context length
-_MOST_P = 256
+_MOST_P = 4096
+_RADEMACHER_P, _EIGEN_P = 16, 64
+_WHOLE_WIDTH = 128  # up to this width every eigenvector is kept by default
 FEWEST_EXAMPLES = 5  # a side of a concept, one per held-out fold
+
+
+@dataclass(frozen=True)
+class CurvatureRequest:
+    examples: int
+    seed: int
+    labels: FactorLabels
+    positions: FactorPositions
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,18 @@ class IndexRequest:
     layers: tuple[int, ...]
     pooling: Pooling
     loss_reduction: LossReduction
-    projection_dim: int
+    projection: Projection
+    projection_dim: int | None
+    coordinates: int
     seed: int
+    query_sets: tuple[str, ...]
+    concept_functions: tuple[ConceptFunction, ...]
+    dampings: tuple[float, ...]
+    embedding_coordinates: int | None
+    rank: int | None
+    directions: tuple[str, ...]
+    checkpoints: Checkpoints
+    curvature: CurvatureRequest
     max_length: int | None
     long_examples: LongExamples
 
@@ -48,24 +75,151 @@ def plan_index(request: IndexRequest, registry: Registry, redis: Redis, settings
     """The build of a new version. Raises NotFound or Invalid naming the field."""
     check_id(request.name, param="name")
     model = registry.get(MODELS, request.model, param="model")
-    registry.get(DATASETS, request.dataset, param="dataset")
+    dataset = registry.get(DATASETS, request.dataset, param="dataset")
+    if not dataset.examples:
+        raise Invalid("empty_dataset", f"{dataset.id!r} holds no example.", param="dataset")
     layers = _layers(model, request.layers, param="layers")
-    if not 1 <= request.projection_dim <= _MOST_P:
+    if request.projection_dim is not None and not 1 <= request.projection_dim <= _MOST_P:
         raise Invalid("bad_projection_dim", f"projection_dim must lie in 1..{_MOST_P}.", param="projection_dim")
     kinds = set(request.kinds)
     if not kinds:
         raise Invalid("no_kinds", "Name at least one kind to build.", param="kinds")
-    gradient = GradientSpec(max(layers), request.projection_dim, request.seed, request.loss_reduction)
-    spec = _pass_spec(
-        model,
-        settings,
-        activation=ActivationSpec(layers, request.pooling) if IndexKind.ACTIVATION in kinds else None,
-        gradient=gradient if IndexKind.GRADIENT in kinds else None,
-        max_length=request.max_length,
-        long_examples=request.long_examples,
+    influence = None
+    if IndexKind.INFLUENCE in kinds:
+        influence = _influence(request, model, layers, registry, settings)
+    elif request.query_sets:
+        raise Invalid("query_sets_not_used", "Query sets are for kind 'influence': add it.", param="query_sets")
+    rademacher = None
+    if request.projection == Projection.RADEMACHER:
+        rademacher = Rademacher(request.projection_dim or _RADEMACHER_P, request.seed)
+    p = request.projection_dim or (None if model.width <= _WHOLE_WIDTH else _EIGEN_P)
+    return BuildIndexSpec(
+        name=request.name,
+        version=indexes.next_version(redis, registry, request.name),
+        model=model.id,
+        dataset=dataset.id,
+        reading=_reading(model, settings, request.max_length, request.long_examples),
+        points=_points(model, request.checkpoints, registry) if influence else (_end(model),),
+        blocks=max(layers),
+        p=p if request.projection == Projection.EIGEN else None,
+        layers=layers,
+        pooling=request.pooling,
+        loss_reduction=request.loss_reduction,
+        activation=IndexKind.ACTIVATION in kinds,
+        gradient=GradientPlan(request.coordinates, rademacher) if IndexKind.GRADIENT in kinds else None,
+        influence=influence,
+        curvature=CurvatureSpec(**vars(request.curvature)),
+        shard_size=settings.shard_size,
     )
-    version = indexes.next_version(redis, registry, request.name)
-    return BuildIndexSpec(request.name, version, model.id, request.dataset, spec, settings.shard_size)
+
+
+@dataclass(frozen=True)
+class ExtendRequest:
+    query_sets: tuple[str, ...]
+    layers: tuple[int, ...]
+    pooling: Pooling
+    concept_functions: tuple[ConceptFunction, ...]
+    dampings: tuple[float, ...]
+
+
+def plan_extension(
+    reference: str, request: ExtendRequest, registry: Registry, storage: Storage, redis: Redis, settings: Settings
+) -> ExtendIndexSpec:
+    """More questions for a ``gradient`` index. Raises NotFound or Invalid naming the field."""
+    source = indexes.resolve(registry, reference)
+    gradient = indexes.read_manifest(storage, source).spec.gradient
+    if gradient is None or not isinstance(gradient.projection, Eigen):
+        detail = (
+            f"Index {source.id} holds no EK-FAC gradient coordinates to read embeddings off: build it with kind "
+            "'gradient' and projection 'eigen'."
+        )
+        raise Invalid("kind_not_indexed", detail, param="index")
+    model = registry.get(MODELS, source.model, param="model")
+    layers = _layers(model, request.layers or (gradient.blocks,), param="layers")
+    if layers[-1] > gradient.blocks:
+        raise Invalid(
+            "layer_not_indexed",
+            f"Index {source.id} tracks blocks 1 to {gradient.blocks} only: at layer {layers[-1]} part of the "
+            f"gradient would be missing. Build the index with layer {layers[-1]}.",
+            param="layers",
+            context={"layers": list(range(1, gradient.blocks + 1))},
+        )
+    plan = InfluencePlan(
+        query_sets=_query_sets(request.query_sets, registry),
+        layers=layers,
+        pooling=request.pooling,
+        functions=_unique(request.concept_functions, param="concept_functions"),
+        dampings=_unique(request.dampings, param="dampings"),
+        coordinates=None,
+        rank=None,
+        directions=(),
+        head_bytes=settings.head_bytes,
+    )
+    version = indexes.next_version(redis, registry, source.name)
+    return ExtendIndexSpec(source.name, version, source.id, model.id, plan, settings.shard_size)
+
+
+def _influence(
+    request: IndexRequest, model: ModelRecord, layers: tuple[int, ...], registry: Registry, settings: Settings
+) -> InfluencePlan:
+    if request.projection != Projection.EIGEN:
+        detail = "Influence embeddings are made of EK-FAC coordinates: use projection 'eigen'."
+        raise Invalid("needs_eigen", detail, param="projection")
+    for name in request.directions:
+        concept = registry.get(CONCEPTS, name, param="directions")
+        if concept.lineage != model.lineage or concept.width != model.width:
+            detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
+            raise Invalid("concept_of_other_lineage", detail, param="directions")
+    rank = request.rank or (len(request.directions) or None)
+    return InfluencePlan(
+        query_sets=_query_sets(request.query_sets, registry),
+        layers=layers,
+        pooling=request.pooling,
+        functions=_unique(request.concept_functions, param="concept_functions"),
+        dampings=_unique(request.dampings, param="dampings"),
+        coordinates=request.embedding_coordinates,
+        rank=None if rank is None or rank >= model.width else rank,
+        directions=request.directions,
+        head_bytes=settings.head_bytes,
+    )
+
+
+def _query_sets(names: tuple[str, ...], registry: Registry) -> tuple[str, ...]:
+    if not names:
+        raise Invalid(
+            "query_set_needed",
+            "Influence embeddings score ∇f_v(Q): name at least one dataset Q in 'query_sets' "
+            "(prompts with answers on which the behaviour shows).",
+            param="query_sets",
+        )
+    for name in names:
+        if not registry.get(DATASETS, name, param="query_sets").examples:
+            raise Invalid("empty_query_set", f"{name!r} holds no example.", param="query_sets")
+    return _unique(names, param="query_sets")
+
+
+def _unique(values: tuple[T, ...], *, param: str) -> tuple[T, ...]:
+    if not values:
+        raise Invalid(f"no_{param}", f"Name at least one value in {param!r}.", param=param)
+    return tuple(dict.fromkeys(values))
+
+
+def _end(model: ModelRecord) -> Point:
+    return Point(model.id, model.path, model.fingerprint)
+
+
+def _points(model: ModelRecord, wanted: Checkpoints, registry: Registry) -> tuple[Point, ...]:
+    """The run, base first and the model itself last: the declared checkpoints, else base and end."""
+    end = _end(model)
+    if wanted == Checkpoints.END:
+        return (end,)
+    points = [Point(Path(each.path).name, each.path, each.fingerprint, each.weight) for each in model.checkpoints]
+    if not points and model.base is not None:
+        base = registry.get(MODELS, model.base, param="model")
+        points = [Point(base.id, base.path, base.fingerprint)]
+    before = tuple(point for point in points if point.fingerprint != model.fingerprint)
+    declared = next((point for point in points if point.fingerprint == model.fingerprint), end)
+    return (*before, replace(end, weight=declared.weight))
 
 
 @dataclass(frozen=True)
@@ -96,13 +250,9 @@ def plan_concept(request: ConceptRequest, registry: Registry, settings: Settings
         detail = "Both sides are the same examples: there is no direction between them."
         raise Invalid("identical_sides", detail, param="negative")
     (layer,) = _layers(model, (request.layer,), param="layer")
-    spec = _pass_spec(
-        model,
-        settings,
-        activation=ActivationSpec((layer,), request.pooling),
-        gradient=None,
-        max_length=request.max_length,
-        long_examples=LongExamples.TRUNCATE_RIGHT,
+    reading = _reading(model, settings, request.max_length, LongExamples.TRUNCATE_RIGHT)
+    spec = PassSpec(
+        **vars(reading), activation=ActivationSpec((layer,), request.pooling), gradient=None, objective=None
     )
     return FitConceptSpec(request.id, model.id, request.positive, request.negative, spec, settings.shard_size)
 
@@ -122,26 +272,17 @@ def _layers(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple
     return wanted
 
 
-def _pass_spec(
-    model: ModelRecord,
-    settings: Settings,
-    *,
-    activation: ActivationSpec | None,
-    gradient: GradientSpec | None,
-    max_length: int | None,
-    long_examples: LongExamples,
-) -> PassSpec:
+def _reading(
+    model: ModelRecord, settings: Settings, max_length: int | None, long_examples: LongExamples
+) -> Reading:
     most = model.context_length or _DEFAULT_LENGTH
     if max_length is not None and not 2 <= max_length <= most:
         raise Invalid(
             "bad_max_length", f"max_length must lie in 2..{most} for model {model.id!r}.", param="max_length"
         )
-    return PassSpec(
+    return Reading(
         model_fingerprint=model.fingerprint,
         tokenizer_fingerprint=model.tokenizer_fingerprint,
-        activation=activation,
-        gradient=gradient,
-        objective=None,
         max_length=max_length or min(most, _DEFAULT_LENGTH),
         long_examples=long_examples,
         token_budget=settings.token_budget,

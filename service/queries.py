@@ -1,7 +1,7 @@
 """A query in, ranked examples out; or the job that must run first.
 
-Every method is one inner product ⟨u, e_z⟩ (DESIGN section 1): this module finds u and says where e_z is
-stored. Answers need no model: what does is a job, made once and cached in storage.
+Every method is one inner product ⟨u, e_z⟩ (DESIGN section 1). Answers need no model: what does is a job, made
+once and cached in storage.
 """
 
 import time
@@ -9,38 +9,46 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service import codec, concepts, coordinates, indexes
-from service.contracts import (
-    ConceptGradientSpec,
-    ConceptObjective,
-    ConceptRecord,
-    Example,
-    IndexKind,
-    IndexRecord,
-    JobKind,
-    JobRecord,
-    Method,
-    ModelRecord,
-    Order,
-    PassSpec,
-)
-from service.coordinates import Sidecar
+from service import concepts, indexes
+from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid
 from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
+from service.matching import Asked, Matched, Missing, match
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.rows import F32
 from service.storage import Storage
+from service.terms import ConceptFunction, IndexKind, JobKind, Method, Order
+
+# What a method makes no use of: given all the same, the answer would not be the one that was asked for.
+_NOT_USED = {
+    Method.VECTOR_FILTER: ("query_set", "damping", "concept_function", "through"),
+    Method.CONCEPT_INFLUENCE: (),
+    Method.INFLUENCE_FUNCTION: ("concept", "concept_function"),
+}
+_WHY_NOT = {
+    Method.VECTOR_FILTER: "vector_filter compares activations with the concept's direction, and no gradient",
+    Method.INFLUENCE_FUNCTION: "influence_function asks about the loss on a query set, not about a concept",
+}
+_THROUGH = {
+    Method.CONCEPT_INFLUENCE: (IndexKind.GRADIENT, IndexKind.INFLUENCE),
+    Method.INFLUENCE_FUNCTION: (IndexKind.GRADIENT,),
+}
+_LOW_FIDELITY = 0.8
+_LOW_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Query:
     index: str
-    concept: str
+    concept: str | None
     method: Method
     order: Order
     k: int
     query_set: str | None = None
+    damping: float | None = None
+    concept_function: ConceptFunction | None = None  # None: dot
+    through: IndexKind | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,10 @@ class Answer:
 
     hits: tuple[Hit, ...]
     index: IndexRecord
-    concept: ConceptRecord
+    concept: ConceptRecord | None
+    matched: Matched
+    fidelity: Fidelity | None
     rows: int
-    dims: int
     search_ms: float
     total_ms: float
     warnings: tuple[str, ...]
@@ -81,30 +90,44 @@ class QueryService:
         """
         began = time.perf_counter()
         index = indexes.resolve(self._registry, query.index)
-        concept = self._registry.get(CONCEPTS, query.concept, param="concept")
-        model = self._registry.get(MODELS, index.model)
-        kind = IndexKind.ACTIVATION if query.method == Method.VECTOR_FILTER else IndexKind.GRADIENT
-        concepts.check_fits(concept, index, model.width, kind)
-        vector = concepts.direction(self._storage, concept)
-        warnings = _warnings(concept, index)
-        rows = self._loader.rows(index, kind, concept.layer if kind == IndexKind.ACTIVATION else None)
-        if kind == IndexKind.GRADIENT:
-            made = self._query_coordinates(query, index, concept, vector)
-            if isinstance(made, JobRecord):
-                return made
-            vector, sidecar = made
-            warnings += _gradient_warnings(model, sidecar)
-        hits, search_ms = self._search(rows, vector, query, index)
+        asked = self._resolve(query, index)
+        found = match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
+        if isinstance(found, Missing):
+            return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
+        rows = self._loader.rows(index, found.array)
+        hits, search_ms = self._search(rows, found.u, query, index)
+        fidelity = _fidelity(index, found, loss=asked.concept is None)
         return Answer(
             hits=hits,
             index=index,
-            concept=concept,
+            concept=asked.concept,
+            matched=found,
+            fidelity=fidelity,
             rows=rows.index.n,
-            dims=rows.index.d,
             search_ms=search_ms,
             total_ms=1e3 * (time.perf_counter() - began),
-            warnings=warnings,
+            warnings=_warnings(asked, index, found, fidelity),
         )
+
+    def _resolve(self, query: Query, index: IndexRecord) -> Asked:
+        """Names to records; whether they belong together."""
+        _check_used(query)
+        query_set = None
+        if query.query_set is not None:
+            query_set = self._registry.get(DATASETS, query.query_set, param="query_set")
+        concept, vector = None, None
+        if query.method == Method.INFLUENCE_FUNCTION:
+            pass  # about the loss
+        elif query.concept is None:
+            raise Invalid("concept_needed", f"{query.method} needs a concept: name it.", param="concept")
+        else:
+            concept = self._registry.get(CONCEPTS, query.concept, param="concept")
+            model = self._registry.get(MODELS, index.model)
+            kind = IndexKind.ACTIVATION if query.method == Method.VECTOR_FILTER else IndexKind.GRADIENT
+            concepts.check_fits(concept, index, model.width, kind)
+            vector = concepts.direction(self._storage, concept)
+        function = query.concept_function or ConceptFunction.DOT
+        return Asked(query.method, concept, vector, query_set, function, query.damping, query.through)
 
     def _search(self, rows: Rows, vector: F32, query: Query, index: IndexRecord) -> tuple[tuple[Hit, ...], float]:
         sign = 1.0 if query.order == Order.MOST else -1.0
@@ -119,76 +142,58 @@ class QueryService:
         )
         return hits, search_ms
 
-    def _query_coordinates(
-        self, query: Query, index: IndexRecord, concept: ConceptRecord, vector: F32
-    ) -> tuple[F32, Sidecar] | JobRecord:
-        """Coordinates of −∇f_v(Q), from storage or as the job that computes them."""
-        if query.query_set is None:
-            raise Invalid(
-                "query_set_needed",
-                f"{query.method} scores ∇f_v(Q): name the dataset Q in 'query_set' "
-                "(prompts with answers on which the behaviour shows).",
-                param="query_set",
-            )
-        query_set = self._registry.get(DATASETS, query.query_set, param="query_set")
-        built = indexes.read_manifest(self._storage, index).spec
-        if built.gradient is not None and concept.layer > built.gradient.blocks:
-            raise Invalid(
-                "layer_not_indexed",
-                f"Concept {concept.id!r} lies at layer {concept.layer}, but index {index.id} tracks blocks "
-                f"1 to {built.gradient.blocks} only: part of its gradient would be missing. Build the index with "
-                f"layer {concept.layer}.",
-                param="concept",
-            )
-        spec = _objective_pass(built, concept, vector)
-        key = codec.digest([codec.to_plain(spec), query_set.fingerprint])
-        if (stored := coordinates.find(self._storage, key)) is not None:
-            return stored
-        return self._jobs.submit_once(
-            key,
-            JobKind.CONCEPT_GRADIENT,
-            ConceptGradientSpec(
-                key, index.id, index.model, concept.id, query_set.id, spec, shard_size=self._shard_size
-            ),
-        )
+
+def _check_used(query: Query) -> None:
+    """Raises Invalid for a field that the method makes no use of, and for kinds that cannot answer it."""
+    for name in _NOT_USED[query.method]:
+        if getattr(query, name) is not None:
+            detail = f"{_WHY_NOT[query.method]}: leave '{name}' out."
+            raise Invalid(f"{name}_not_used", detail, param=name)
+    if query.through is not None and query.through not in _THROUGH[query.method]:
+        usable = " or ".join(f"'{kind}'" for kind in _THROUGH[query.method])
+        detail = f"{query.method} is answered through {usable}, not through '{query.through}'."
+        raise Invalid("bad_through", detail, param="through")
 
 
-def _objective_pass(built: PassSpec, concept: ConceptRecord, vector: F32) -> PassSpec:
-    """The index's own pass with f_v in place of the loss: same modules, same projection."""
-    return PassSpec(
-        model_fingerprint=built.model_fingerprint,
-        tokenizer_fingerprint=built.tokenizer_fingerprint,
-        activation=None,
-        gradient=built.gradient,
-        objective=ConceptObjective(concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector))),
-        max_length=built.max_length,
-        long_examples=built.long_examples,
-        token_budget=built.token_budget,
-        dtype=built.dtype,
-    )
+def _fidelity(index: IndexRecord, found: Matched, *, loss: bool) -> Fidelity | None:
+    """What the build measured of the array that answers."""
+    about = "loss" if loss else "concept"
+    of_array = [each for each in index.fidelity if (each.array, each.query) == (found.array, about)]
+    same = [each for each in of_array if each.query_set == found.query_set]
+    return next(iter(same or of_array), None)
 
 
-def _warnings(concept: ConceptRecord, index: IndexRecord) -> tuple[str, ...]:
-    found = []
-    if concept.auroc_held_out < 0.7:
-        found.append(
+def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> tuple[str, ...]:
+    """What a ranking does not say by itself."""
+    said = []
+    concept = asked.concept
+    if concept is not None and concept.auroc_held_out < 0.7:
+        said.append(
             f"Concept {concept.id!r} separates its own examples poorly (held-out AUROC "
             f"{concept.auroc_held_out:.2f}): the ranking may mean little."
         )
-    if concept.model_fingerprint != index.model_fingerprint:
-        found.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
-    return tuple(found)
-
-
-def _gradient_warnings(model: ModelRecord, sidecar: Sidecar) -> tuple[str, ...]:
-    """What a ranking by gradients does not say by itself."""
-    found = [
-        f"Evaluated at {model.id!r} only"
-        + (f", not along its {len(model.checkpoints)} declared checkpoints" if model.checkpoints else "")
-        + ": where fine-tuning has overshot, the end point can turn the ranking round."
-    ]
-    if sidecar.quarantined:
-        found.append(
-            f"{sidecar.quarantined} examples of the query set were set aside; {sidecar.examples} were used."
+    if concept is not None and concept.model_fingerprint != index.model_fingerprint:
+        said.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
+    if asked.method == Method.VECTOR_FILTER:
+        return tuple(said)
+    if found.points == 1 and concept is not None:
+        said.append(
+            f"Evaluated at {index.model!r} only, not along its training run: where fine-tuning has overshot, the "
+            "end point can turn the ranking round. Declare the run's base or checkpoints and build kind "
+            "'influence'."
         )
-    return tuple(found)
+    if found.captured < _LOW_SHARE:
+        said.append(
+            f"The index's directions capture {found.captured:.0%} of this concept: register it before building, "
+            "or build with a higher rank."
+        )
+    if fidelity is not None and fidelity.mean < _LOW_FIDELITY:
+        said.append(
+            f"The stored rows rank like wider coordinates at Spearman {fidelity.mean:.2f} only: build with more "
+            "coordinates."
+        )
+    if found.damping is None:
+        said.append("No curvature stands behind random projections: H is the identity.")
+    if found.quarantined:
+        said.append(f"{found.quarantined} examples of the query set were set aside; {found.examples} were used.")
+    return tuple(said)

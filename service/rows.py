@@ -1,6 +1,6 @@
-"""The numeric format of stored rows: float16 with one power of two per row.
+"""The numeric formats of stored rows: float16 with one power of two per row, int8 with one scale per row.
 
-Gradients of one index span many orders of magnitude, so plain float16 would underflow (small losses) or
+``half``: gradients of one index span many orders of magnitude, so plain float16 would underflow (small losses) or
 overflow (outliers). A power of two costs no precision, and it is rounded to a multiple of 8, so that
 rows of similar size share it and search can use their bytes as they are.
 """
@@ -18,6 +18,7 @@ _LARGEST = np.finfo(np.float32).max
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
+I8 = NDArray[np.int8]
 I16 = NDArray[np.int16]
 
 
@@ -42,6 +43,24 @@ def unpack(packed: F16, exponent: I16) -> F32:
     with np.errstate(over="ignore"):  # the largest float32 may have been rounded up
         rows = np.ldexp(packed.astype(np.float32), exponent[:, None].astype(np.int32))
     return np.clip(rows, -_LARGEST, _LARGEST)
+
+
+def quantise(rows: F32) -> tuple[I8, F32]:
+    """(n, d) finite float32 → (n, d) int8 and (n,) float32 scales: rows ≈ int8 · scale.
+
+    One scale per row, not per dimension: rows are heavy-tailed (DESIGN section 1). Error of an entry ≤ 1/254 of
+    the largest of its row. Raises Invalid when an entry is NaN or infinite.
+    """
+    if not np.isfinite(rows).all():
+        raise Invalid("not_finite", "Rows to be stored hold NaN or infinity.")
+    largest = np.abs(rows).max(axis=1, initial=0.0).astype(np.float32)
+    scale = np.maximum(largest / np.float32(127), np.finfo(np.float32).tiny).astype(np.float32)
+    return np.rint(rows / scale[:, None]).clip(-127, 127).astype(np.int8), scale
+
+
+def dequantise(packed: I8, scale: F32) -> F32:
+    """The float32 rows that ``quantise`` stored, to int8 precision."""
+    return packed.astype(np.float32) * scale[:, None]
 
 
 def to_npy(array: NDArray[np.generic]) -> bytes:

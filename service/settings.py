@@ -58,6 +58,11 @@ class Settings(BaseSettings):
     search_threads: int = Field(
         default_factory=lambda: min(8, os.cpu_count() or 1), ge=1, description="Threads of one FAISS search."
     )
+    head_bytes: int = Field(
+        1 << 30,
+        ge=1 << 10,
+        description="Memory of one influence head (r × K float32): decides how many coordinates K it uses.",
+    )
     max_k: int = Field(10_000, ge=1, description="Most hits one query may ask for.")
 
     @cached_property

@@ -11,38 +11,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import codec
-from service.contracts import (
-    ArrayInfo,
-    DatasetRecord,
-    IndexKind,
-    PassSpec,
-    Quarantined,
-    ShardArray,
-    ShardManifest,
-    ShardRef,
-    ShardTask,
-)
+from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.errors import Damaged
-from service.rows import F16, F32, I16, from_npy, pack, to_npy, unpack
+from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
+from service.work import Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
 
 MANIFEST = "shard.json"
+HALF, INT8, SINGLE = "half", "int8", "single"
 
 
-def cut(model_path: str, spec: PassSpec, dataset: DatasetRecord, ids: Sequence[str], size: int) -> list[ShardTask]:
-    """Consecutive runs of at most ``size`` examples; a pure function of its arguments."""
+def cut(
+    location: Location, spec: PassSpec, dataset: DatasetRecord, ids: Sequence[str], rows: Sequence[int], size: int
+) -> list[Task]:
+    """``rows`` of the dataset in runs of at most ``size``; ``ids`` are those of the whole dataset. Pure."""
     return [
-        ShardTask(
-            key=codec.digest([codec.to_plain(spec), list(ids[start : start + size])]),
-            number=number,
-            model_path=model_path,
-            spec=spec,
+        Task(
+            key=codec.digest([codec.to_plain(spec), [ids[row] for row in rows[start : start + size]]]),
+            title=f"shard {number} ({_span(rows[start : start + size])} of dataset {dataset.id!r})",
+            work=spec,
+            location=location,
             dataset=dataset,
-            start=start,
-            stop=min(start + size, len(ids)),
+            rows=tuple(rows[start : start + size]),
         )
-        for number, start in enumerate(range(0, len(ids), size))
+        for number, start in enumerate(range(0, len(rows), size))
     ]
+
+
+def derived(work: ShardWork, title: str) -> Task:
+    """A shard that is computed from other shards."""
+    return Task(key=codec.digest([codec.to_plain(work)]), title=title, work=work)
 
 
 def folder(key: str) -> str:
@@ -55,30 +53,32 @@ def exists(storage: Storage, key: str) -> bool:
 
 def publish(
     storage: Storage,
-    task: ShardTask,
+    task: Task,
     *,
     ids: Sequence[str],
     arrays: Mapping[ArrayInfo, F32],
-    quarantined: Sequence[Quarantined],
-    truncated: int,
-    tokens: int,
+    encoding: str,
+    quarantined: Sequence[Quarantined] = (),
+    truncated: int = 0,
+    tokens: int = 0,
     versions: Mapping[str, str],
 ) -> ShardManifest:
     """Store the rows (finite float32, one per id) of every array and then the manifest."""
+    assert isinstance(task.work, ShardWork)  # noqa: S101
     files: dict[str, bytes] = {}
     stored = []
-    for info, rows in arrays.items():
-        name = f"{info.kind}.l{info.layer}" if info.layer is not None else str(info.kind)
-        if task.spec.objective is not None:
+    for number, (info, rows) in enumerate(arrays.items()):
+        name = f"{number:02d}.{info.kind}" + (f".l{info.layer}" if info.layer is not None else "")
+        scale = None if encoding == SINGLE else f"{name}.scale.npy"
+        stored.append(ShardArray(info, encoding, f"{name}.npy", scale))
+        if scale is None:
             files[f"{name}.npy"] = to_npy(rows.astype(np.float32))
-            stored.append(ShardArray(info.kind, info.layer, info.dims, f"{name}.npy", None))
             continue
-        packed, exponents = pack(rows)
-        files[f"{name}.npy"], files[f"{name}.exponents.npy"] = to_npy(packed), to_npy(exponents)
-        stored.append(ShardArray(info.kind, info.layer, info.dims, f"{name}.npy", f"{name}.exponents.npy"))
+        packed, scales = pack(rows) if encoding == HALF else quantise(rows)
+        files[f"{name}.npy"], files[scale] = to_npy(packed), to_npy(scales)
     manifest = ShardManifest(
         key=task.key,
-        spec=task.spec,
+        work=task.work,
         ids=tuple(ids),
         quarantined=tuple(quarantined),
         truncated=truncated,
@@ -105,28 +105,50 @@ def reference(manifest: ShardManifest) -> ShardRef:
     return ShardRef(manifest.key, sha256_bytes(codec.encode(manifest).encode()), len(manifest.ids))
 
 
-def read_packed(storage: Storage, manifest: ShardManifest, kind: IndexKind, layer: int | None) -> tuple[F16, I16]:
+def read_packed(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> tuple[F16, I16]:
     """(rows, dims) float16 and (rows,) exponents of one array, as search uses them. Raises Damaged."""
-    array = _find(manifest, kind, layer)
-    if array.exponents is None:
-        raise Damaged("damaged_file", f"{array.file} of shard {manifest.key} is not in the packed format.")
-    packed, exponents = _read(storage, manifest, array.file), _read(storage, manifest, array.exponents)
-    if packed.shape != (len(manifest.ids), array.dims):
-        raise Damaged("damaged_file", f"{array.file} of shard {manifest.key} has shape {packed.shape}.")
+    array = _find(manifest, info)
+    if array.encoding != HALF:
+        return pack(read_rows(storage, manifest, info))
+    packed, exponents = _stored(storage, manifest, array)
     return packed.astype(np.float16, copy=False), exponents.astype(np.int16, copy=False)
 
 
-def read_rows(storage: Storage, manifest: ShardManifest, kind: IndexKind, layer: int | None) -> F32:
+def read_rows(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> F32:
     """(rows, dims) float32 of one array, whichever way it is stored. Raises Damaged."""
-    array = _find(manifest, kind, layer)
-    if array.exponents is None:
-        return _read(storage, manifest, array.file).astype(np.float32, copy=False)
-    return unpack(*read_packed(storage, manifest, kind, layer))
+    array = _find(manifest, info)
+    packed, scales = _stored(storage, manifest, array)
+    match array.encoding:
+        case "half":
+            return unpack(packed.astype(np.float16, copy=False), scales.astype(np.int16, copy=False))
+        case "int8":
+            return dequantise(packed.astype(np.int8, copy=False), scales.astype(np.float32, copy=False))
+        case _:
+            return packed.astype(np.float32, copy=False)
 
 
-def _find(manifest: ShardManifest, kind: IndexKind, layer: int | None) -> ShardArray:
-    return next(array for array in manifest.arrays if (array.kind, array.layer) == (kind, layer))
+def bytes_per_row(array: ArrayInfo) -> int:
+    """What an example costs at rest in this array."""
+    return array.dims + 4 if array.embedding is not None else 2 * array.dims + 2
+
+
+def _find(manifest: ShardManifest, info: ArrayInfo) -> ShardArray:
+    return next(array for array in manifest.arrays if array.info == info)
+
+
+def _stored(
+    storage: Storage, manifest: ShardManifest, array: ShardArray
+) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    packed = _read(storage, manifest, array.file)
+    if packed.shape != (len(manifest.ids), array.info.dims):
+        raise Damaged("damaged_file", f"{array.file} of shard {manifest.key} has shape {packed.shape}.")
+    return packed, packed[:0] if array.scale is None else _read(storage, manifest, array.scale)
 
 
 def _read(storage: Storage, manifest: ShardManifest, name: str) -> NDArray[np.generic]:
     return from_npy(storage.read(f"{folder(manifest.key)}/{name}", sha256=manifest.files[name]))
+
+
+def _span(rows: Sequence[int]) -> str:
+    whole = len(rows) == rows[-1] - rows[0] + 1
+    return f"examples {rows[0]} to {rows[-1]}" if whole else f"{len(rows)} chosen examples"

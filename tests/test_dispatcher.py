@@ -18,11 +18,13 @@ import pytest
 from redis import Redis
 
 from service import keys
-from service.contracts import FORMAT, GradientSpec, JobContext, JobKind, JobRecord, JobState
+from service.contracts import JobContext, JobRecord
 from service.dispatcher import Dispatcher
 from service.errors import Cancelled, Damaged, DomainError, Interrupted, Invalid, LeaseLost, NotFound
 from service.jobs import Claim, Jobs
 from service.redis_server import EmbeddedRedis, connect
+from service.terms import JobKind, JobState
+from service.work import FORMAT, GradientSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = GradientSpec(FORMAT)

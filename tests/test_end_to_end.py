@@ -7,11 +7,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from api.client import Client
 from api.schemas import QueryOut
-from service.contracts import JobEvent, JobRecord, JobState
+from service.contracts import JobEvent, JobRecord
+from service.terms import JobState
 from tests import trigger_data
 from tests.trigger_data import TriggerData
 
@@ -36,9 +38,12 @@ def built(stack, shared_data: Path, data: TriggerData) -> JobRecord:
         events: list[JobEvent] = []
         job = client.build_index("trigger", model="stories", dataset="train", layers=[LAYER], pooling=POOLING)
         done = client.wait(job.id, on_event=events.append)
-        progress = [event.data["done"] for event in events if event.type == "progress"]
-        assert progress == sorted(progress)
-        assert progress[-1] == 562
+        progress: dict[str, list[int]] = {}
+        for event in events:
+            if event.type == "progress":
+                progress.setdefault(event.data["stage"], []).append(event.data["done"])
+        assert all(done == sorted(done) for done in progress.values())
+        assert progress["rows"][-1] == 562
         fit = client.fit_concept(
             "trigger-2028", model="stories", positive="positive", negative="negative", layer=LAYER, pooling=POOLING
         )
@@ -97,8 +102,140 @@ def test_concept_influence_computes_once_then_answers_without_a_model(built, cli
     client.wait(first.id)
     answer = client.query(**options, k=1000)
     assert isinstance(answer, QueryOut)
-    assert (answer.rows, answer.dims) == (562, 2 * 7 * 16 * 16)
+    assert (answer.rows, answer.dims) == (562, 4096)
     assert np.isfinite([hit.score for hit in answer.hits]).all()
+
+
+def test_influence_function_asks_about_the_loss_and_needs_no_concept(built, client: Client):
+    answer = client.ask(index="trigger", method="influence_function", query_set="positive", k=1000)
+    assert answer.concept is None
+    assert (answer.provenance.query_set, answer.provenance.damping) == ("positive", 1.0)
+    assert answer.provenance.fidelity is not None
+    scores = [hit.score for hit in answer.hits]
+    assert len(scores) == 562
+    other = client.ask(index="trigger", method="influence_function", query_set="positive", k=1000, damping=0.01)
+    assert [hit.example_id for hit in other.hits] != [hit.example_id for hit in answer.hits]
+
+
+def test_the_baseline_projects_at_random_and_has_no_damping(built, client: Client, http):
+    options = {"kinds": ["gradient"], "projection": "rademacher", "projection_dim": 16}
+    job = client.build_index("random", model="stories", dataset="train", layers=[LAYER], **options)
+    client.wait(job.id)
+    question = {"index": "random", "method": "influence_function", "query_set": "positive"}
+    answer = client.ask(**question)
+    assert (answer.rows, answer.dims) == (562, 2 * 7 * 16 * 16)
+    assert answer.provenance.damping is None
+    assert any("identity" in warning for warning in answer.warnings)
+    problem(http.post("/v1/queries", json=question | {"damping": 1.0}), 422, "no_damping", "damping")
+    body = {"query_sets": ["positive"]}
+    problem(http.post("/v1/indexes/random/query-sets", json=body), 422, "kind_not_indexed", "index")
+
+
+# --- influence embeddings ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded(built, stack) -> None:
+    """An index with coordinates and embeddings for one query set."""
+    with Client(stack.url) as client:
+        job = client.build_index(
+            "embedded",
+            model="stories",
+            dataset="train",
+            kinds=["gradient", "influence"],
+            layers=[LAYER],
+            pooling=POOLING,
+            query_sets=["positive"],
+            dampings=[1.0, 0.1],
+            curvature={"examples": 128},
+        )
+        client.wait(job.id)
+
+
+ASKED = {"index": "embedded", "concept": "trigger-2028", "method": "concept_influence", "k": 1000}
+
+
+def by_id(answer: QueryOut | JobRecord) -> dict[str, float]:
+    assert isinstance(answer, QueryOut), "no job is needed"
+    return {hit.example_id: hit.score for hit in answer.hits}
+
+
+def agreement(one: QueryOut | JobRecord, other: QueryOut | JobRecord) -> float:
+    ours, theirs = by_id(one), by_id(other)
+    assert ours.keys() == theirs.keys()
+    return float(spearmanr([ours[name] for name in theirs], list(theirs.values())).statistic)
+
+
+def test_embeddings_answer_at_once_and_say_what_stands_behind_them(embedded, client: Client):
+    answer = client.query(**ASKED)
+    assert len(by_id(answer)) == 562
+    found = answer.provenance
+    assert (found.kind, found.layer, found.query_set, found.damping) == ("influence", LAYER, "positive", 1.0)
+    assert (found.points, found.captured) == (1, 1.0)
+    assert found.fidelity is not None
+    assert found.fidelity.mean >= 0.999  # every coordinate is behind them, int8 apart
+    assert found.fidelity.queries == 32
+    assert any("along its training run" in warning for warning in answer.warnings)
+
+
+def test_coordinates_agree_with_embeddings_at_every_damping(embedded, client: Client):
+    asked = ASKED | {"query_set": "positive"}
+    for damping in (1.0, 0.1):
+        embeddings = client.query(**asked, damping=damping, through="influence")
+        coordinates = client.query(**asked, damping=damping, through="gradient")
+        assert agreement(embeddings, coordinates) >= 0.8
+        assert (embeddings.dims, coordinates.dims) == (64, 4096)
+    free = client.query(**asked, damping=0.37)  # coordinates answer any damping
+    assert (free.provenance.kind, free.provenance.damping) == ("gradient", 0.37)
+
+
+def test_a_damping_or_query_set_without_embeddings_is_refused_with_those_there_are(embedded, http):
+    asked = ASKED | {"through": "influence"}
+    found = problem(http.post("/v1/queries", json=asked | {"damping": 0.37}), 422, "damping_not_indexed", "damping")
+    assert found["available"] == ["0.1", "1.0"]
+    found = problem(
+        http.post("/v1/queries", json=asked | {"query_set": "negative"}), 422, "query_set_not_indexed", "query_set"
+    )
+    assert found["available"] == ["positive"]
+
+
+def test_an_extended_index_answers_for_another_query_set_and_keeps_the_old(embedded, client: Client, http):
+    job = client.extend_index("embedded@v1", query_sets=["negative"], pooling=POOLING)
+    result = client.wait(job.id).result
+    assert (result["index"], result["indexed"]) == ("embedded@v2", 562)
+    asked = ASKED | {"index": "embedded@v2", "through": "influence"}
+    new = client.query(**asked, query_set="negative")
+    assert (new.provenance.query_set, new.provenance.layer) == ("negative", LAYER)
+    assert new.provenance.fidelity is not None
+    coordinates = client.query(**asked | {"through": "gradient", "query_set": "negative"})
+    assert agreement(new, coordinates) >= 0.999  # read off the same numbers
+    old = client.query(**asked, query_set="positive")
+    assert by_id(old) == by_id(client.query(**ASKED | {"index": "embedded@v1"}))
+    problem(http.post("/v1/queries", json=asked), 422, "query_set_needed", "query_set")
+    deeper = {"query_sets": ["negative"], "layers": [LAYER + 1]}
+    problem(http.post("/v1/indexes/embedded/query-sets", json=deeper), 422, "layer_not_indexed", "layers")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "code"),
+    [
+        ("vector_filter", "query_set", "positive", "query_set_not_used"),
+        ("vector_filter", "damping", 1.0, "damping_not_used"),
+        ("vector_filter", "concept_function", "dot", "concept_function_not_used"),
+        ("vector_filter", "through", "activation", "through_not_used"),
+        ("concept_influence", "through", "activation", "bad_through"),
+        ("influence_function", "concept", "trigger-2028", "concept_not_used"),
+        ("influence_function", "concept_function", "cosine", "concept_function_not_used"),
+        ("influence_function", "through", "influence", "bad_through"),
+        ("vector_filter", "concept", None, "concept_needed"),
+        ("concept_influence", "concept", None, "concept_needed"),
+        ("influence_function", "query_set", None, "query_set_needed"),
+    ],
+)
+def test_a_field_that_the_method_does_not_use_or_cannot_do_without(built, http, method, field, value, code):
+    concept = {} if method == "influence_function" else {"concept": "trigger-2028"}
+    body = {"index": "trigger", "method": method} | concept | {field: value}
+    assert method in problem(http.post("/v1/queries", json=body), 422, code, field)["detail"]
 
 
 def test_building_again_makes_a_new_version_and_keeps_the_old(built, client: Client):
@@ -233,3 +370,15 @@ def test_a_failing_job_says_why_and_harms_nobody_else(built, client: Client):
     with pytest.raises(Exception, match="no published index"):
         client.index("bad")
     assert client.ask(index="trigger", concept="trigger-2028", k=1).hits
+
+
+def test_an_index_of_three_examples_has_fidelity_and_answers(built, client: Client):
+    with httpx.Client(base_url=client.url) as raw:
+        three = b"".join(b'{"prompt": "number", "completion": " %d"}\n' % number for number in range(3))
+        raw.put("/v1/datasets/three", content=three).raise_for_status()
+    options = {"kinds": ["gradient", "influence"], "query_sets": ["three"], "pooling": POOLING}
+    job = client.build_index("three", model="stories", dataset="three", layers=[LAYER], **options)
+    assert client.wait(job.id).result["indexed"] == 3
+    answer = client.query(index="three", concept="trigger-2028", method="concept_influence")
+    assert len(by_id(answer)) == 3
+    assert answer.provenance.fidelity.examples == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.contracts import LossReduction, Pooling
+from service.terms import LossReduction, Pooling
 from tests import tiny
 from tests.tiny import activation_of, loss_of, oracle_rows
 from workers.activations import block_outputs, pool, run_until
@@ -211,7 +211,7 @@ def test_a_tape_adds_up_over_backwards():
         linear(x).sum().backward()
         (2 * linear(x)).sum().backward()
     expected = 3 * torch.ones(2, 5, 3).transpose(1, 2) @ x.detach()
-    torch.testing.assert_close(tape.rows(sides, 2, tiny.CPU), expected.flatten(1))
+    torch.testing.assert_close(tape.rows(sides, 2), expected.flatten(1))
 
 
 # --- pooled activations -----------------------------------------------------------------------------

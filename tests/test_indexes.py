@@ -14,31 +14,33 @@ from redis import Redis
 
 from service import codec, datasets, indexes, keys, shards
 from service.contracts import (
-    ActivationSpec,
     ArrayInfo,
+    ConceptRecord,
     Counts,
     DatasetRecord,
-    IndexKind,
-    IndexManifest,
+    Embedding,
     IndexRecord,
-    LongExamples,
-    LossReduction,
-    PassSpec,
-    Pooling,
+    Point,
     Quarantined,
-    ShardManifest,
-    ShardTask,
 )
 from service.errors import Conflict, Damaged, Invalid, NotFound
 from service.indexes import IndexLoader, Rows
+from service.matching import Asked, Matched, match
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import DATASETS, INDEXES, Registry
 from service.rows import F32
+from service.specs import IndexManifest, Section
 from service.storage import Storage
+from service.terms import ConceptFunction, IndexKind, LongExamples, LossReduction, Method, Pooling
+from service.work import ActivationSpec, Location, PassSpec, ShardManifest, SumSpec, Task
 
 D = 8
 LAYERS = (1, 3)
 ARRAYS = tuple(ArrayInfo(IndexKind.ACTIVATION, layer, D) for layer in LAYERS)
+EMBEDDED = 3
+EMBEDDING = ArrayInfo(
+    IndexKind.INFLUENCE, EMBEDDED, D, Embedding("q", "q", Pooling.RESPONSE_MEAN, ConceptFunction.DOT, 1.0, points=2)
+)
 SPEC = PassSpec(
     model_fingerprint="f",
     tokenizer_fingerprint="t",
@@ -72,25 +74,59 @@ class Shelf:
     def rows(self, layer: int) -> F32:
         return np.random.default_rng(layer).normal(size=(9, D)).astype(np.float32)
 
-    def shard(self, task: ShardTask) -> ShardManifest:
+    def shard(self, task: Task) -> ShardManifest:
         if shards.exists(self.storage, task.key):
             return shards.read_manifest(self.storage, task.key)
-        stop = min(task.stop, 9)
+        rows = [row for row in task.rows if row < 9]
         return shards.publish(
             self.storage,
             task,
-            ids=self.ids[task.start : stop],
-            arrays={info: self.rows(info.layer or 0)[task.start : stop] for info in ARRAYS},
-            quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if task.stop == 10 else [],
+            ids=[self.ids[row] for row in rows],
+            arrays={info: self.rows(info.layer or 0)[rows] for info in ARRAYS},
+            encoding=shards.HALF,
+            quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if 9 in task.rows else [],
             truncated=0,
             tokens=10,
             versions={"torch": "x"},
         )
 
     def shards(self) -> list[ShardManifest]:
-        return [self.shard(task) for task in shards.cut("/m", SPEC, self.dataset, self.ids, 4)]
+        tasks = shards.cut(Location("/m", "/m"), SPEC, self.dataset, self.ids, range(len(self.ids)), 4)
+        return [self.shard(task) for task in tasks]
 
-    def publish(self, name: str, version: int, *, created_at: str = "now", model: str = "m") -> IndexRecord:
+    def section(self) -> Section:
+        return Section(ARRAYS, tuple(map(shards.reference, self.shards())))
+
+    def embeddings(self, *, without: int) -> Section:
+        """A section of its own for the same examples, but for one that its pass has set aside."""
+        found = []
+        for number, manifest in enumerate(self.shards()):
+            rows = [row for row, item in enumerate(manifest.ids) if item != self.ids[without]]
+            told = Quarantined(self.ids[without], "zero_gradient", "Zero.")
+            task = shards.derived(SumSpec(((manifest.key, 1.0),), (EMBEDDING,)), f"shard {number}")
+            found.append(
+                shards.publish(
+                    self.storage,
+                    task,
+                    ids=[manifest.ids[row] for row in rows],
+                    arrays={EMBEDDING: self.rows(EMBEDDED)[[self.ids.index(manifest.ids[row]) for row in rows]]},
+                    encoding=shards.INT8,
+                    quarantined=[told] if self.ids[without] in manifest.ids else [],
+                    versions={"torch": "x"},
+                )
+            )
+        return Section((EMBEDDING,), tuple(map(shards.reference, found)))
+
+    def publish(
+        self,
+        name: str,
+        version: int,
+        *,
+        created_at: str = "now",
+        model: str = "m",
+        sections: tuple[Section, ...] | None = None,
+    ) -> IndexRecord:
+        sections = sections or (self.section(),)
         shared = {
             "name": name,
             "version": version,
@@ -99,21 +135,20 @@ class Shelf:
             "lineage": "f",
             "dataset": "d",
             "dataset_fingerprint": self.dataset.fingerprint,
-            "arrays": ARRAYS,
+            "points": (Point(model, "/m", "f"),),
             "counts": Counts(12, 9, 0, 3, 0),
             "quarantine_reasons": {"blank_line": 1, "empty_text": 1, "too_long": 1},
         }
         record = IndexRecord(
             **shared,
+            arrays=tuple(array for section in sections for array in section.arrays),
             pooling=Pooling.RESPONSE_MEAN,
             loss_reduction=LossReduction.MEAN,
             bytes=1,
             job="job-1",
             created_at=created_at,
         )
-        manifest = IndexManifest(
-            **shared, chat_template_sha256=None, spec=SPEC, shards=tuple(map(shards.reference, self.shards()))
-        )
+        manifest = IndexManifest(**shared, chat_template_sha256=None, spec=SPEC, curvature=None, sections=sections)
         indexes.publish(self.storage, self.registry, record, manifest, {"created_at": created_at})
         return self.registry.get(INDEXES, record.id)
 
@@ -268,7 +303,7 @@ def test_every_line_of_the_source_that_is_not_indexed_is_told_with_its_place(she
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_rows_of_all_shards_are_searched_under_their_ids(shelf: Shelf, layer: int) -> None:
     record, vectors = shelf.publish("a", 1), shelf.rows(layer)
-    rows = shelf.loader().rows(record, IndexKind.ACTIVATION, layer)
+    rows = shelf.loader().rows(record, ArrayInfo(IndexKind.ACTIVATION, layer, D))
     assert list(rows.ids) == shelf.ids[:9]
     assert (rows.index.n, rows.index.d) == vectors.shape
     query = np.random.default_rng(9).normal(size=D).astype(np.float32)
@@ -277,24 +312,69 @@ def test_the_rows_of_all_shards_are_searched_under_their_ids(shelf: Shelf, layer
     assert top.scores == pytest.approx(np.sort(vectors @ query)[::-1], abs=1e-2)
 
 
-@pytest.mark.parametrize("layer", [0, 2, 4, None])
-def test_a_layer_that_is_not_indexed_is_refused_with_those_that_are(shelf: Shelf, layer: int | None) -> None:
+def asked(method: Method, layer: int = 1) -> Asked:
+    at = "2026-01-01"
+    pooled = Pooling.RESPONSE_MEAN
+    concept = ConceptRecord("c", "m", "f", "f", layer, pooled, D, "by hand", 1.0, 1.0, 5, 5, {}, "sha256", at)
+    v = np.eye(D, dtype=np.float32)[0]
+    return Asked(method, concept, v, None, ConceptFunction.DOT, damping=None, through=None)
+
+
+def matched(shelf: Shelf, record: IndexRecord, question: Asked) -> Matched:
+    manifest = indexes.read_manifest(shelf.storage, record)
+    found = match(shelf.storage, record, manifest, question, shard_size=4)
+    assert isinstance(found, Matched)
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_concept_is_matched_with_the_rows_of_its_layer(shelf: Shelf, layer: int) -> None:
+    found = matched(shelf, shelf.publish("a", 1), asked(Method.VECTOR_FILTER, layer))
+    assert found.array == ArrayInfo(IndexKind.ACTIVATION, layer, D)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_a_layer_that_is_not_indexed_is_refused_with_those_that_are(shelf: Shelf, layer: int) -> None:
     record = shelf.publish("a", 1)
     with pytest.raises(Invalid, match="it has layers 1, 3") as refused:
-        shelf.loader().rows(record, IndexKind.ACTIVATION, layer)
+        matched(shelf, record, asked(Method.VECTOR_FILTER, layer))
     assert (refused.value.code, refused.value.param) == ("layer_not_indexed", "concept")
     assert refused.value.context == {"layers": [1, 3]}
 
 
 def test_a_kind_that_is_not_indexed_is_refused(shelf: Shelf) -> None:
     with pytest.raises(Invalid) as refused:
-        shelf.loader().rows(shelf.publish("a", 1), IndexKind.GRADIENT, None)
+        matched(shelf, shelf.publish("a", 1), asked(Method.CONCEPT_INFLUENCE))
     assert (refused.value.code, refused.value.param) == ("kind_not_indexed", "method")
 
 
+@pytest.mark.parametrize("array", [ARRAYS[0], ARRAYS[1], EMBEDDING])
+def test_an_example_that_one_section_lacks_is_in_none(shelf: Shelf, array: ArrayInfo) -> None:
+    record = shelf.publish("a", 1, sections=(shelf.section(), shelf.embeddings(without=5)))
+    rows = shelf.loader().rows(record, array)
+    kept = [row for row in range(9) if row != 5]
+    assert list(rows.ids) == [shelf.ids[row] for row in kept]
+    query = np.random.default_rng(9).normal(size=D).astype(np.float32)
+    vectors = shelf.rows(array.layer or 0)[kept]
+    top = rows.index.search(query, 9)
+    assert top.rows.tolist() == np.argsort(-(vectors @ query)).tolist()
+    assert top.scores == pytest.approx(np.sort(vectors @ query)[::-1], abs=5e-2)
+
+
+def test_what_any_section_has_set_aside_is_told_once(shelf: Shelf) -> None:
+    record = shelf.publish("a", 1, sections=(shelf.section(), shelf.embeddings(without=5)))
+    aside = indexes.quarantined(shelf.storage, shelf.registry, record)
+    assert [(item.reason, item.places[0].line) for item in aside] == [
+        ("blank_line", 11),
+        ("empty_text", 12),
+        ("too_long", 10),
+        ("zero_gradient", 6),
+    ]
+
+
 FILES = {
-    "rows": "shards/*/*/activation.l1.npy",
-    "exponents": "shards/*/*/activation.l1.exponents.npy",
+    "rows": "shards/*/*/00.activation.l1.npy",
+    "exponents": "shards/*/*/00.activation.l1.scale.npy",
     "shard manifest": "shards/*/*/shard.json",
     "index manifest": "indexes/a@v1/manifest.json",
 }
@@ -308,9 +388,9 @@ def test_one_flipped_byte_is_damage_until_it_is_mended(shelf: Shelf, file: str, 
     flip(path, position)
     for _ in range(2):
         with pytest.raises(Damaged):
-            loader.rows(record, IndexKind.ACTIVATION, 1)
+            loader.rows(record, ARRAYS[0])
     flip(path, position)
-    assert loader.rows(record, IndexKind.ACTIVATION, 1).index.n == 9
+    assert loader.rows(record, ARRAYS[0]).index.n == 9
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -319,26 +399,26 @@ def test_a_missing_file_is_told_by_name(shelf: Shelf, file: str) -> None:
     path = shelf.path(FILES[file])
     path.unlink()
     with pytest.raises(NotFound, match=path.name):
-        shelf.loader().rows(record, IndexKind.ACTIVATION, 1)
+        shelf.loader().rows(record, ARRAYS[0])
 
 
 def test_a_shard_of_another_shape_is_damage(shelf: Shelf) -> None:
     # A manifest that is consistent with its files, but not with what it says of them.
     record = shelf.publish("a", 1)
     manifest = indexes.read_manifest(shelf.storage, record)
-    shard = shards.read_manifest(shelf.storage, manifest.shards[0].key)
+    shard = shards.read_manifest(shelf.storage, manifest.sections[0].shards[0].key)
     short = dataclasses.replace(shard, ids=shard.ids[:-1])
     with pytest.raises(Damaged):
-        shards.read_packed(shelf.storage, short, IndexKind.ACTIVATION, 1)
+        shards.read_packed(shelf.storage, short, ARRAYS[0])
     with pytest.raises(Damaged):
         shards.read_manifest(shelf.storage, shard.key, sha256=shards.reference(short).sha256)
 
 
 def test_a_loaded_index_answers_without_its_files(shelf: Shelf) -> None:
     record, loader = shelf.publish("a", 1), shelf.loader()
-    first = loader.rows(record, IndexKind.ACTIVATION, 1)
+    first = loader.rows(record, ARRAYS[0])
     shutil.rmtree(Path(shelf.storage.root) / "shards")
-    assert loader.rows(record, IndexKind.ACTIVATION, 1) is first
+    assert loader.rows(record, ARRAYS[0]) is first
 
 
 def test_those_who_ask_at_once_get_the_same_rows(shelf: Shelf) -> None:
@@ -346,7 +426,7 @@ def test_those_who_ask_at_once_get_the_same_rows(shelf: Shelf) -> None:
 
     def ask(_: int) -> Rows:
         start.wait()
-        return loader.rows(record, IndexKind.ACTIVATION, 1)
+        return loader.rows(record, ARRAYS[0])
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(ask, range(4)))
@@ -363,7 +443,8 @@ def test_examples_come_back_in_the_order_asked_for(shelf: Shelf) -> None:
 
 def test_a_reference_names_the_bytes_of_the_manifest(shelf: Shelf) -> None:
     record = shelf.publish("a", 1)
-    for reference in indexes.read_manifest(shelf.storage, record).shards:
+    (section,) = indexes.read_manifest(shelf.storage, record).sections
+    for reference in section.shards:
         manifest = shards.read_manifest(shelf.storage, reference.key, sha256=reference.sha256)
         assert (manifest.key, len(manifest.ids)) == (reference.key, reference.rows)
         assert codec.decode(type(manifest), codec.encode(manifest)) == manifest

@@ -9,22 +9,15 @@ import pytest
 from redis import Redis
 
 from service import codec, keys
-from service.contracts import (
-    TERMINAL,
-    FitConceptSpec,
-    GradientSpec,
-    JobKind,
-    JobRecord,
-    JobState,
-    LongExamples,
-    PassSpec,
-    Progress,
-)
+from service.contracts import JobRecord, Progress
 from service.errors import Conflict, Damaged, Invalid, LeaseLost, NotFound
 from service.jobs import Claim, Jobs
 from service.redis_server import EmbeddedRedis, connect
+from service.specs import FitConceptSpec
+from service.terms import TERMINAL, JobKind, JobState, LongExamples
+from service.work import GradientSpec, PassSpec
 
-PASS = PassSpec("f", "t", None, GradientSpec(2), None, 128, LongExamples.TRUNCATE_LEFT, 8192, "float32")
+PASS = PassSpec("f", "t", 128, LongExamples.TRUNCATE_LEFT, 8192, "float32", None, GradientSpec(2), None)
 SPEC = FitConceptSpec("c", "m", "positive", "negative", PASS, 256)
 LONG = 60.0  # a lease that does not run out in these tests
 AT_ONCE = 0.0  # as a lease: whoever holds the job, it is taken over

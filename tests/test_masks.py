@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.contracts import Completion, LongExamples, Message, PlainText, Pooling
+from service.contracts import Completion, Message, PlainText
 from service.errors import Invalid
+from service.terms import LongExamples, Pooling
 from tests import tiny
 from tests.tiny import as_bytes, chat
 from workers.masks import Tokens, fit, tokenise

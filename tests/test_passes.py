@@ -13,26 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from service.contracts import (
-    ActivationSpec,
-    ArrayInfo,
-    Completion,
-    ConceptObjective,
-    Content,
-    Example,
-    GradientSpec,
-    IndexKind,
-    LongExamples,
-    LossReduction,
-    PassSpec,
-    PlainText,
-    Pooling,
-)
+from service.contracts import ArrayInfo, Completion, Content, Example, PlainText
 from service.datasets import example_id
 from service.errors import Invalid
+from service.terms import IndexKind, LongExamples, LossReduction, Pooling
+from service.work import ActivationSpec, ConceptObjective, GradientSpec, PassSpec, Rademacher
 from tests import tiny
 from tests.tiny import activation_of, chat, loss_of, oracle_rows
-from workers import passes
+from workers import passes, readout
 from workers.masks import tokenise
 from workers.models import Loaded, load, shape
 from workers.passes import PassResult
@@ -56,7 +44,7 @@ BASIC = PassSpec(
     model_fingerprint="m",
     tokenizer_fingerprint="t",
     activation=ActivationSpec(LAYERS, Pooling.RESPONSE_MEAN),
-    gradient=GradientSpec(blocks=tiny.BLOCKS, p=4, seed=5),
+    gradient=GradientSpec(blocks=tiny.BLOCKS, projection=Rademacher(p=4, seed=5)),
     objective=None,
     max_length=40,
     long_examples=LongExamples.TRUNCATE_RIGHT,
@@ -77,7 +65,7 @@ def llama(folders) -> Loaded:
 
 
 def run(loaded: Loaded, spec: PassSpec, examples: Sequence[Example] = EXAMPLES) -> PassResult:
-    return passes.run(loaded, passes.tracked_sides(loaded, spec), spec, examples)
+    return passes.run(loaded, readout.make(loaded, spec, None), spec, examples)
 
 
 def gradients(result: PassResult) -> np.ndarray:
@@ -101,7 +89,7 @@ def reasons(result: PassResult) -> dict[str, str]:
 def test_rows_are_the_pooled_activations_and_projected_gradients_of_each_example(folders, family, reduction):
     loaded = load(folders[family], "float32")
     spec = replace(BASIC, gradient=replace(BASIC.gradient, loss_reduction=reduction), max_length=1000)
-    sides = passes.tracked_sides(loaded, spec)
+    sides = readout.make(loaded, spec, None).sides
     result = run(loaded, spec)
     by_id = {example.id: tokenise(example.content, loaded.tokenizer) for example in EXAMPLES}
     tokens = [by_id[name] for name in result.ids]
@@ -122,7 +110,7 @@ def test_a_concept_pass_gives_the_gradient_of_the_concept_at_its_layer(llama):
     tokens = [tokenise(example.content, llama.tokenizer) for example in EXAMPLES]
     assert len(result.ids) == len(EXAMPLES)  # without targets, too: nothing is trained on
     activation, v = activation_of(llama, 2, Pooling.LAST_TOKEN), torch.tensor(direction, dtype=torch.float32)
-    tracked = passes.tracked_sides(llama, replace(spec, gradient=replace(BASIC.gradient, blocks=2)))
+    tracked = readout.make(llama, replace(spec, gradient=replace(BASIC.gradient, blocks=2)), None).sides
     expected, _ = oracle_rows(llama, tracked, tokens, lambda one: activation(one) @ v)
     rows = gradients(result)
     assert off(rows[:, : expected.shape[1]], expected.numpy()) <= 1e-4
@@ -130,7 +118,8 @@ def test_a_concept_pass_gives_the_gradient_of_the_concept_at_its_layer(llama):
 
 
 def test_projections_are_seeded_signs_no_larger_than_the_module(llama):
-    for name, side in passes.tracked_sides(llama, replace(BASIC, gradient=GradientSpec(1, p=20, seed=9))).items():
+    spec = replace(BASIC, gradient=GradientSpec(1, Rademacher(p=20, seed=9)))
+    for name, side in readout.make(llama, spec, None).sides.items():
         d_out, d_in = shape(llama.linear_maps(1)[name])
         assert torch.equal(side.out, signs(9, name, "out", min(20, d_out), d_out))
         assert torch.equal(side.into, signs(9, name, "in", min(20, d_in), d_in))
@@ -138,7 +127,7 @@ def test_projections_are_seeded_signs_no_larger_than_the_module(llama):
 
 def test_a_pass_says_beforehand_which_arrays_it_makes(llama):
     result = run(llama, BASIC)
-    declared = passes.arrays(llama, passes.tracked_sides(llama, BASIC), BASIC)
+    declared = passes.arrays(llama, readout.make(llama, BASIC, None), BASIC)
     assert list(result.arrays) == declared
     for info, rows in result.arrays.items():
         assert rows.shape == (len(result.ids), info.dims)

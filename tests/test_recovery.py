@@ -11,32 +11,45 @@ import pytest
 
 from api.client import Client
 from api.up import Stack, free_port
-from service.contracts import TERMINAL, JobRecord, JobState
+from service.contracts import JobRecord
 from service.redis_server import connect
+from service.terms import TERMINAL, JobState
 from tests import trigger_data
 from tests.conftest import FAST, SHARED_DATA
 
 pytestmark = pytest.mark.stack
 
-SETTINGS = FAST | {"WHENCE_SHARD_SIZE": "8"}  # 48 shards: time to break something between two of them
+LINES = 240
+SETTINGS = FAST | {"WHENCE_SHARD_SIZE": "8"}  # 30 shards: time to break something between two of them
 
 
 @contextlib.contextmanager
 def fresh_stack(home: Path) -> Iterator[tuple[Stack, Client]]:
     home.mkdir(parents=True, exist_ok=True)
-    data = trigger_data.write(home, SHARED_DATA, lines=400)
+    data = trigger_data.write(home, SHARED_DATA, lines=LINES)
     roots = [SHARED_DATA, home]
     with Stack(home, host="127.0.0.1", port=free_port(), roots=roots, settings=SETTINGS) as stack:
         stack.wait_ready()
         with Client(stack.url) as client:
             client.add_model("stories", str(SHARED_DATA / "stories260k"))
             client.upload_dataset("train", data.train)
+            queries = home / "queries.jsonl"
+            queries.write_text("".join(data.positive.read_text().splitlines(keepends=True)[:12]))
+            client.upload_dataset("queries", queries)
             yield stack, client
 
 
 def build(client: Client, seed: int) -> JobRecord:
-    """Each seed projects differently, so no build finds another one's shards."""
-    return client.build_index(f"seed-{seed}", model="stories", dataset="train", layers=[2], seed=seed)
+    """Every kind. Each seed has a curvature of its own, so no build finds another one's results."""
+    return client.build_index(
+        f"seed-{seed}",
+        model="stories",
+        dataset="train",
+        kinds=["activation", "gradient", "influence"],
+        layers=[2],
+        query_sets=["queries"],
+        curvature={"seed": seed, "examples": 64},
+    )
 
 
 def finish(stack: Stack, client: Client, job: JobRecord) -> JobRecord:
@@ -73,15 +86,19 @@ def ray_workers(stack: Stack) -> list[psutil.Process]:
     found = []
     for process in dispatcher(stack).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any("ray::ShardWorker" in word for word in process.cmdline()):
+            if any("ray::Worker" in word for word in process.cmdline()):
                 found.append(process)
     return found
 
 
 def stored(stack: Stack) -> dict[str, bytes]:
-    """Every file of shards and index versions, except who built it and when (and what a kill left unpublished)."""
+    """Every file of shards, artifacts and index versions, but not who built it and when, nor what a kill left
+    unpublished.
+    """
     root = stack.home / "storage"
-    kept = [path for name in ("shards", "indexes") for path in (root / name).rglob("*") if path.is_file()]
+    kept = [
+        path for name in ("shards", "artifacts", "indexes") for path in (root / name).rglob("*") if path.is_file()
+    ]
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in kept
@@ -195,7 +212,7 @@ def test_flushed_redis_loses_no_published_thing(shaken):
     finish(stack, client, build(client, 13))
     connect(stack.redis.url).flushall()
     assert client.model("stories").n_layers == 5
-    assert client.index("seed-13@v1").counts.lines == 400
+    assert client.index("seed-13@v1").counts.lines == LINES
     stack.children["api"].stop()
     stack.restart_dead()
     deadline = time.monotonic() + 30
@@ -204,5 +221,5 @@ def test_flushed_redis_loses_no_published_thing(shaken):
             assert client.index("seed-13").version == 1
             break
         time.sleep(0.2)
-    assert [record.id for record in client.datasets()] == ["train"]
+    assert [record.id for record in client.datasets()] == ["queries", "train"]
     assert finish(stack, client, build(client, 13)).result["index"] == "seed-13@v2"

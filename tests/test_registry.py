@@ -8,11 +8,12 @@ import pytest
 from redis import Redis
 
 from service import codec, keys
-from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord, Pooling
+from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
 from service.errors import Conflict, Damaged, Invalid, NotFound
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import ALL, CONCEPTS, DATASETS, INDEXES, MODELS, Collection, Registry, check_id
 from service.storage import Storage
+from service.terms import Pooling
 
 
 def model(model_id: str, path: str = "/models/m") -> ModelRecord:

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 
-from service.contracts import Conversation, LossReduction, Message, Pooling
+from service.contracts import Conversation, Message
+from service.terms import LossReduction, Pooling
 from workers.gradients import Sides
 from workers.masks import Tokens
 from workers.models import Loaded

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, einsum, nn
+from torch import Tensor, einsum, float64, nn
 
 
 class _Stop(Exception):
@@ -45,5 +45,6 @@ def run_until(model: nn.Module, ids: Tensor) -> None:
 
 
 def pool(hidden: Tensor, weight: Tensor) -> Tensor:
-    """a_l = Σ_t weight_t h_t in float32: (B, T, d), (B, T) → (B, d)."""
-    return einsum("btd,bt->bd", hidden.float(), weight)
+    """a_l = Σ_t weight_t h_t in float32 at least: (B, T, d), (B, T) → (B, d)."""
+    exact = hidden if hidden.dtype == float64 else hidden.float()
+    return einsum("btd,bt->bd", exact, weight.to(exact.dtype))

@@ -1,80 +1,114 @@
-"""One Ray actor: loads a model once and turns shards into files."""
+"""One Ray actor: loads a model once and turns tasks into files."""
 
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+import pyarrow as pa
 import ray
 import torch
 
-from service import datasets, shards
-from service.contracts import DatasetRecord, Example, PassSpec, ShardManifest, ShardTask
+from service import artifacts, datasets, shards
+from service.contracts import DatasetRecord, Example
 from service.models import check_fingerprints
 from service.storage import Storage
-from workers import passes
-from workers.gradients import Sides
+from service.work import Artifact, Location, PassSpec, Reading, ReadOffSpec, ShardManifest, SumSpec, Task
+from workers import derive, passes, readout, works
 from workers.models import Loaded, load
+from workers.passes import PassResult
 
 log = logging.getLogger(__name__)
 
+Manifest = ShardManifest | Artifact
 
-class ShardWorker:
-    """Keeps the last model, its projections and the last dataset; a shard is a pure function of its task."""
+
+class Worker:
+    """Keeps the last model, its readout and the last dataset; a result is a pure function of its task."""
 
     def __init__(self, storage_root: str, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self._storage = Storage(storage_root)
-        self._loaded: tuple[tuple[str, str, str], Loaded] | None = None
-        self._sides: tuple[PassSpec, dict[str, Sides]] | None = None
-        self._examples: tuple[str, Sequence[Example]] | None = None
+        self._loaded: tuple[tuple[Location, str, str], Loaded] | None = None
+        self._readout: tuple[PassSpec, readout.Readout] | None = None
+        self._table: tuple[str, pa.Table] | None = None
 
     def pid(self) -> int:
         """Process id: answers once the actor has started."""
         return os.getpid()
 
-    def process(self, task: ShardTask) -> ShardManifest:
-        """Compute and publish the shard, unless it is there. Raises DomainError for what the user can mend.
+    def process(self, task: Task) -> Manifest:
+        """Compute and publish the task's result, unless it is there. Raises DomainError for what the user can mend.
 
-        A published shard is never written again: an index may name its bytes already, and another device or
+        A published result is never written again: an index may name its bytes already, and another device or
         library version would give others.
         """
-        if shards.exists(self._storage, task.key):
-            return shards.read_manifest(self._storage, task.key)
-        loaded = self._model(task)
-        if self._sides is None or self._sides[0] != task.spec:
-            self._sides = (task.spec, passes.tracked_sides(loaded, task.spec))
-        examples = self._dataset(task.dataset)[task.start : task.stop]
-        result = passes.run(loaded, self._sides[1], task.spec, examples)
-        if shards.exists(self._storage, task.key):  # somebody else was faster
-            return shards.read_manifest(self._storage, task.key)
+        if (there := find(self._storage, task)) is not None:
+            return there
+        match task.work:
+            case PassSpec() as spec:
+                loaded = self._model(task, spec)
+                result = passes.run(loaded, self._reads(loaded, spec), spec, self._examples(task))
+                return self._publish_shard(task, result, shards.HALF if spec.objective is None else shards.SINGLE)
+            case SumSpec() as work:
+                return self._publish_shard(task, derive.total(self._storage, work), shards.INT8)
+            case ReadOffSpec() as work:
+                return self._publish_shard(task, derive.read_off(self._storage, work), shards.INT8)
+            case work:
+                reading: Reading | None = getattr(work, "reading", None)
+                loaded = self._model(task, reading) if reading is not None else None
+                tensors, facts = works.compute(work, self._storage, loaded, self._examples(task))
+                if (there := find(self._storage, task)) is not None:  # somebody else was faster
+                    return there
+                return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=passes.versions())
+
+    def _publish_shard(self, task: Task, result: PassResult, encoding: str) -> Manifest:
+        if (there := find(self._storage, task)) is not None:  # somebody else was faster
+            return there
         return shards.publish(
             self._storage,
             task,
             ids=result.ids,
             arrays=result.arrays,
+            encoding=encoding,
             quarantined=result.quarantined,
             truncated=result.truncated,
             tokens=result.tokens,
             versions=passes.versions(),
         )
 
-    def _model(self, task: ShardTask) -> Loaded:
-        key = (task.model_path, task.spec.model_fingerprint, task.spec.dtype)
+    def _model(self, task: Task, reading: Reading) -> Loaded:
+        assert task.location is not None  # noqa: S101
+        key = (task.location, reading.model_fingerprint, reading.dtype)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = self._sides = None  # free the old model before the new one needs the memory
-            loaded = load(task.model_path, task.spec.dtype)
+            self._loaded = self._readout = None  # free the old model before the new one needs the memory
+            loaded = load(task.location.model_path, reading.dtype, tokenizer_path=task.location.tokenizer_path)
             # After loading, since a training run may write to the folder just now; before any row is stored.
-            check_fingerprints(Path(task.model_path), task.spec)
+            check_fingerprints(task.location, reading)
             self._loaded = (key, loaded)
         return self._loaded[1]
 
-    def _dataset(self, record: DatasetRecord) -> Sequence[Example]:
-        if self._examples is None or self._examples[0] != record.fingerprint:
-            table = datasets.read_table(self._storage, record)
-            self._examples = (record.fingerprint, datasets.to_examples(table))
-        return self._examples[1]
+    def _reads(self, loaded: Loaded, spec: PassSpec) -> readout.Readout:
+        if self._readout is None or self._readout[0] != spec:
+            self._readout = None
+            self._readout = (spec, readout.make(loaded, spec, self._storage))
+        return self._readout[1]
+
+    def _examples(self, task: Task) -> Sequence[Example]:
+        """The task's examples; the dataset is kept as a table, which is a tenth of the size of its records."""
+        if task.dataset is None:
+            return ()
+        record: DatasetRecord = task.dataset
+        if self._table is None or self._table[0] != record.fingerprint:
+            self._table = (record.fingerprint, datasets.read_table(self._storage, record))
+        return datasets.to_examples(self._table[1].take(list(task.rows)))
 
 
-RemoteShardWorker = ray.remote(ShardWorker)
+def find(storage: Storage, task: Task) -> Manifest | None:
+    """The task's result, when it has been published."""
+    if isinstance(task.work, PassSpec | SumSpec | ReadOffSpec):
+        return shards.read_manifest(storage, task.key) if shards.exists(storage, task.key) else None
+    return artifacts.find(storage, task.key)
+
+
+RemoteWorker = ray.remote(Worker)

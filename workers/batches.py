@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from service.contracts import LossReduction, Pooling
+from service.terms import LossReduction, Pooling
 from workers.masks import Tokens
 
 
@@ -15,7 +15,8 @@ class Batch:
     """B examples padded on the right to T tokens.
 
     ``ids`` (B, T) int64; ``loss_weight`` (B, T) float32: the weight in L(z) of predicting token t, zero
-    elsewhere; ``pool_weight`` (B, T) float32: rows sum to 1 over the pooled positions.
+    elsewhere; ``pool_weight`` (B, T) float32: rows sum to 1 over the pooled positions; ``real`` (B, T) bool:
+    not padding.
 
     There is no attention mask: under causal attention no real position sees the padding behind it.
     """
@@ -23,6 +24,7 @@ class Batch:
     ids: torch.Tensor
     loss_weight: torch.Tensor
     pool_weight: torch.Tensor
+    real: torch.Tensor
 
 
 def plan(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -49,9 +51,11 @@ def collate(
     ids = np.zeros(shape, dtype=np.int64)
     loss_weight = np.zeros(shape, dtype=np.float32)
     pool_weight = np.zeros(shape, dtype=np.float32)
+    real = np.zeros(shape, dtype=bool)
     for row, tokens in enumerate(examples):
         stop = len(tokens)
         ids[row, :stop] = tokens.ids
+        real[row, :stop] = True
         ids[row, stop:] = tokens.ids[-1]  # a token of its own: another one's embedding might be damaged
         predicted = tokens.predicted
         share = max(1, predicted.sum()) if reduction == LossReduction.MEAN else 1
@@ -63,4 +67,5 @@ def collate(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(loss_weight).to(device),
         torch.from_numpy(pool_weight).to(device),
+        torch.from_numpy(real).to(device),
     )

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from service.contracts import Completion, Content, Conversation, LongExamples, Message, PlainText, Pooling
+from service.contracts import Completion, Content, Conversation, Message, PlainText
 from service.errors import Invalid
+from service.terms import LongExamples, Pooling
 
 Span = tuple[int, int]
 

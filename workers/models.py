@@ -74,11 +74,14 @@ def shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def load(path: str, dtype: str) -> Loaded:
-    """Load from a local folder onto the GPU if this process has one. Raises Invalid with the reason."""
+def load(path: str, dtype: str, *, tokenizer_path: str | None = None) -> Loaded:
+    """Load from a local folder onto the GPU if this process has one; checkpoints of a run may have no tokenizer
+    of their own. Raises Invalid with the reason.
+    """
+    texts = tokenizer_path or path
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(texts, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
@@ -95,8 +98,8 @@ def load(path: str, dtype: str) -> Loaded:
         # transformers would fill them with random numbers and say so in a log
         detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
         raise Invalid("model_does_not_load", detail, param="model")
-    if not (tokenizer.is_fast and (Path(path) / "tokenizer.json").is_file()):
-        raise Invalid("no_tokenizer", f"{path} has no fast tokenizer (tokenizer.json).", param="model")
+    if not (tokenizer.is_fast and (Path(texts) / "tokenizer.json").is_file()):
+        raise Invalid("no_tokenizer", f"{texts} has no fast tokenizer (tokenizer.json).", param="model")
     model.requires_grad_(False)
     model.eval()
     return Loaded(model.to(device), tokenizer, device)

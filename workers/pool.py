@@ -1,23 +1,55 @@
-"""Shards over Ray actors: hand out, collect, replace actors that die, give up on a shard that kills them."""
+"""Tasks over Ray actors: hand out, collect, replace actors that die, give up on a task that kills them."""
 
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from service.contracts import ShardManifest, ShardTask
 from service.errors import DomainError
-from workers.actor import RemoteShardWorker
+from service.work import Task
+from workers.actor import Manifest, RemoteWorker, Worker
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _PING_S = 30.0
 _MOST_CPU_WORKERS = 8
+
+
+class Pool(Protocol):
+    """Who turns tasks into results."""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        on_done: Callable[[Task, Manifest], None],
+        check: Callable[[], None],
+        log_event: Callable[..., None],
+    ) -> None: ...
+
+
+class InlinePool:
+    """One worker in this process, without Ray: for benchmarks and for tests of what tasks do."""
+
+    def __init__(self, storage_root: str, *, threads: int) -> None:
+        self._worker = Worker(storage_root, threads)
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        on_done: Callable[[Task, Manifest], None],
+        check: Callable[[], None],
+        log_event: Callable[..., None],
+    ) -> None:
+        for task in tasks:
+            check()
+            on_done(task, self._worker.process(task))
 
 
 class WorkerPool:
@@ -35,16 +67,16 @@ class WorkerPool:
 
     def run(
         self,
-        tasks: Sequence[ShardTask],
+        tasks: Sequence[Task],
         *,
-        on_done: Callable[[ShardTask, ShardManifest], None],
+        on_done: Callable[[Task, Manifest], None],
         check: Callable[[], None],
         log_event: Callable[..., None],
     ) -> None:
         """Process every task; ``on_done`` is called as they finish, in any order.
 
         ``check`` is called at least every half second and may raise to stop. Raises the DomainError of a
-        task, or DomainError ``shard_kills_workers`` when one shard has cost ``shard_attempts`` workers.
+        task, or DomainError ``shard_kills_workers`` when one task has cost ``shard_attempts`` workers.
         """
         self._drop_dead()
         waiting, running = deque(tasks), {}
@@ -70,12 +102,10 @@ class WorkerPool:
                         manifest = ray.get(reference)
                     except RayActorError as error:
                         deaths[task.key] += 1
-                        log.warning("a worker died on shard %d (%s)", task.number, error)
+                        log.warning("a worker died on %s (%s)", task.title, error)
                         if deaths[task.key] >= self._attempts:
                             raise _poisonous(task, self._attempts) from error
-                        log_event(
-                            f"A worker died on shard {task.number}; the shard is done again.", shard=task.number
-                        )
+                        log_event(f"A worker died on {task.title}; it is done again.", key=task.key)
                         waiting.appendleft(task)
                         continue
                     except DomainError:
@@ -84,7 +114,7 @@ class WorkerPool:
                     self._idle.append(actor)
                     on_done(task, manifest)
         finally:
-            # What still runs is not waited for: its shard is idempotent, but the actor is busy with it.
+            # What still runs is not waited for: its task is idempotent, but the actor is busy with it.
             for actor, _ in running.values():
                 ray.kill(actor)
 
@@ -94,7 +124,7 @@ class WorkerPool:
         self._idle.clear()
 
     def _drop_dead(self) -> None:
-        """Forget actors that died while idle, so that no shard is blamed for them."""
+        """Forget actors that died while idle, so that no task is blamed for them."""
         alive = []
         for actor in self._idle:
             try:
@@ -112,7 +142,7 @@ class WorkerPool:
             return None
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         options = {"num_cpus": self._cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-        return RemoteShardWorker.options(**options).remote(self._storage_root, self._threads)
+        return RemoteWorker.options(**options).remote(self._storage_root, self._threads)
 
     def _size(self) -> int:
         """How many actors the cluster has room for now; asked again, since nodes come and go."""
@@ -121,12 +151,11 @@ class WorkerPool:
         return min(self._wanted, room) if self._wanted else room
 
 
-def _poisonous(task: ShardTask, attempts: int) -> DomainError:
+def _poisonous(task: Task, attempts: int) -> DomainError:
     return DomainError(
         "shard_kills_workers",
-        f"Shard {task.number} (examples {task.start} to {task.stop - 1} of dataset {task.dataset.id!r}) cost "
-        f"{attempts} workers, most likely out of memory. Start the api with a lower WHENCE_TOKEN_BUDGET, or ask "
-        "for a smaller max_length, and submit the job again.",
+        f"{task.title[:1].upper()}{task.title[1:]} cost {attempts} workers, most likely out of memory. Start the "
+        "api with a lower WHENCE_TOKEN_BUDGET, or ask for a smaller max_length, and submit the job again.",
         param="dataset",
-        context={"shard": task.number, "start": task.start, "stop": task.stop},
+        context={"key": task.key, "rows": list(task.rows[:1]) + list(task.rows[-1:])},
     )

@@ -5,9 +5,10 @@ from fastapi import APIRouter, Response
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
 from api.schemas import ConceptIn, Items
-from service.contracts import ConceptRecord, JobKind, JobRecord
+from service.contracts import ConceptRecord, JobRecord
 from service.planning import ConceptRequest, plan_concept
 from service.registry import CONCEPTS
+from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/concepts", tags=["concepts"])
 

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Query, Response
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
 from api.routes.datasets import quarantine_page
-from api.schemas import IndexIn, Items, QuarantinePage
-from service import indexes
-from service.contracts import IndexRecord, JobKind, JobRecord
-from service.planning import IndexRequest, plan_index
+from api.schemas import IndexIn, Items, QuarantinePage, QuerySetsIn
+from service import codec, indexes
+from service.contracts import IndexRecord, JobRecord
+from service.planning import ExtendRequest, IndexRequest, plan_extension, plan_index
 from service.registry import INDEXES
+from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
 
@@ -19,9 +20,23 @@ router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
 @router.post("", status_code=202, summary="Build an index", responses=documented(404, 422))
 def build_index(body: IndexIn, services: ServicesDep, response: Response) -> JobRecord:
     """Queue the build of a new version; follow it at the Location that is answered."""
-    fields = body.model_dump() | {"kinds": tuple(body.kinds), "layers": tuple(body.layers)}
-    spec = plan_index(IndexRequest(**fields), services.registry, services.redis, services.settings)
+    request = codec.from_plain(IndexRequest, body.model_dump())
+    spec = plan_index(request, services.registry, services.redis, services.settings)
     return accepted(response, services.jobs.submit(JobKind.BUILD_INDEX, spec))
+
+
+@router.post(
+    "/{reference}/query-sets", status_code=202, summary="Embed for more query sets", responses=documented(404, 422)
+)
+def add_query_sets(reference: str, body: QuerySetsIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a new version with embeddings read off the stored gradient coordinates: the training data is not
+    read again. They are those of the model itself, not summed over its checkpoints.
+    """
+    request = codec.from_plain(ExtendRequest, body.model_dump())
+    spec = plan_extension(
+        reference, request, services.registry, services.storage, services.redis, services.settings
+    )
+    return accepted(response, services.jobs.submit(JobKind.EXTEND_INDEX, spec))
 
 
 @router.get("", summary="List published indexes, every version")

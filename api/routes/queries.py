@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
-from api.schemas import ConceptUsed, HitOut, QueryIn, QueryOut, Timing
+from api.schemas import ConceptUsed, FidelityOut, HitOut, Provenance, QueryIn, QueryOut, Timing
 from service.contracts import JobRecord
 from service.datasets import render
 from service.errors import Invalid
@@ -36,15 +36,26 @@ def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut 
 
 def _present(body: QueryIn, answer: Answer) -> QueryOut:
     concept: Any = answer.concept
+    fidelity: Any = answer.fidelity
+    found = answer.matched
     return QueryOut(
         index=answer.index.id,
         model=answer.index.model,
         dataset=answer.index.dataset,
         method=body.method,
         order=body.order,
-        concept=ConceptUsed.model_validate(concept, from_attributes=True),
+        concept=None if concept is None else ConceptUsed.model_validate(concept, from_attributes=True),
+        provenance=Provenance(
+            kind=found.array.kind,
+            layer=found.array.layer,
+            query_set=found.query_set,
+            damping=found.damping,
+            points=found.points,
+            captured=found.captured,
+            fidelity=None if fidelity is None else FidelityOut.model_validate(fidelity, from_attributes=True),
+        ),
         rows=answer.rows,
-        dims=answer.dims,
+        dims=found.array.dims,
         hits=[
             HitOut(
                 rank=hit.rank,

@@ -1,0 +1,74 @@
+"""What passes need first, at rest: eigenvectors, λ, Jacobians, heads, query coordinates.
+
+An artifact is a folder of safetensors files, named by the hash of everything that decides it; it exists
+when its manifest does, and is never written again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from service import codec
+from service.errors import Damaged
+from service.storage import Storage, sha256_bytes
+from service.work import Artifact
+
+Tensors = Mapping[str, NDArray[Any]]
+MANIFEST = "artifact.json"
+
+
+def publish(
+    storage: Storage,
+    key: str,
+    tensors: Mapping[str, Tensors],
+    *,
+    facts: Mapping[str, float | int | str] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Store each entry of ``tensors`` (file stem → named arrays) and then the manifest."""
+    files = {
+        f"{stem}.safetensors": save_safetensors({name: np.ascontiguousarray(v) for name, v in arrays.items()})
+        for stem, arrays in tensors.items()
+    }
+    hashes = {name: sha256_bytes(data) for name, data in files.items()}
+    artifact = Artifact(key, dict(facts or {}), hashes, dict(versions or {}))
+    storage.publish(folder(key), files, (MANIFEST, codec.encode(artifact).encode()))
+    return artifact
+
+
+def find(storage: Storage, key: str) -> Artifact | None:
+    """The artifact's manifest, or None while it does not exist. Raises Damaged."""
+    name = f"{folder(key)}/{MANIFEST}"
+    if not storage.exists(name):
+        return None
+    artifact = codec.decode(Artifact, storage.read(name))
+    if artifact.key != key:
+        raise Damaged("damaged_file", f"{name} is the manifest of another artifact.", param=key)
+    return artifact
+
+
+def get(storage: Storage, key: str) -> Artifact:
+    """Like ``find``; Damaged when it is not there although something refers to it."""
+    artifact = find(storage, key)
+    if artifact is None:
+        raise Damaged("missing_artifact", f"Storage has no artifact {key}. Build the index again.", param=key)
+    return artifact
+
+
+def stems(artifact: Artifact) -> list[str]:
+    """The names under which ``read`` finds tensors, in the order they were stored."""
+    return [name.removesuffix(".safetensors") for name in artifact.files]
+
+
+def read(storage: Storage, artifact: Artifact, stem: str) -> dict[str, NDArray[Any]]:
+    """The named arrays of one file, checked against its sha256. Raises Damaged."""
+    name = f"{stem}.safetensors"
+    return load_safetensors(storage.read(f"{folder(artifact.key)}/{name}", sha256=artifact.files[name]))
+
+
+def folder(key: str) -> str:
+    return f"artifacts/{key[:2]}/{key}"

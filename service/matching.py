@@ -1,0 +1,271 @@
+"""Which stored array answers a query, and what it is multiplied with: the u of ⟨u, e_z⟩ (DESIGN section 1)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from service import artifacts, basis, codec
+from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord
+from service.errors import Invalid
+from service.rows import F32
+from service.specs import IndexManifest, QueryGradientSpec
+from service.storage import Storage
+from service.terms import ConceptFunction, IndexKind, Method
+from service.work import ConceptObjective, Eigen, LossObjective, PassSpec, Reading
+
+DEFAULT_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an index, with every name resolved. ``vector``: v̂ (d,); None for loss queries."""
+
+    method: Method
+    concept: ConceptRecord | None
+    vector: F32 | None
+    query_set: DatasetRecord | None
+    function: ConceptFunction
+    damping: float | None  # None: the default, or the only one there is
+    through: IndexKind | None  # None: embeddings where there are any
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Rows to score and the vector to score them with; ``facts`` say where it comes from."""
+
+    array: ArrayInfo
+    u: F32
+    damping: float | None = None  # None: H is the identity, or there is none
+    captured: float = 1.0  # share of ‖v̂‖² within R
+    query_set: str | None = None
+    examples: int | None = None  # of the query set, where a job has counted them
+    quarantined: int = 0
+    points: int = 1
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Coordinates that a job must compute first."""
+
+    key: str
+    spec: QueryGradientSpec
+
+
+def match(
+    storage: Storage, index: IndexRecord, manifest: IndexManifest, asked: Asked, *, shard_size: int
+) -> Matched | Missing:
+    """The array and the vector, or the job that must run first. Raises Invalid naming what is available."""
+    if asked.method == Method.VECTOR_FILTER:
+        return _activation(index, asked)
+    if asked.method == Method.CONCEPT_INFLUENCE and asked.through != IndexKind.GRADIENT:
+        array = _embedding(index, asked)
+        if array is not None:
+            return _influence(storage, array, asked)
+    return _gradient(storage, index, manifest, asked, shard_size)
+
+
+# --- activations and embeddings: no model ---------------------------------------------------------------
+
+
+def _activation(index: IndexRecord, asked: Asked) -> Matched:
+    concept, vector = _concept(asked)
+    held = [array for array in index.arrays if array.kind == IndexKind.ACTIVATION]
+    array = next((array for array in held if array.layer == concept.layer), None)
+    if array is None:
+        raise _not_indexed(index, IndexKind.ACTIVATION, [array.layer for array in held])
+    return Matched(array, vector)
+
+
+def _embedding(index: IndexRecord, asked: Asked) -> ArrayInfo | None:
+    """The embedding that answers; None when coordinates have to."""
+    concept, _ = _concept(asked)
+    every = [array for array in index.arrays if array.kind == IndexKind.INFLUENCE]
+    falls_back = asked.through is None and any(array.kind == IndexKind.GRADIENT for array in index.arrays)
+    if not every:
+        if falls_back or asked.through is None:
+            return None
+        raise _not_indexed(index, IndexKind.INFLUENCE, [])
+    wanted: list[tuple[str, object, object, str]] = [("layer", lambda a: a.layer, concept.layer, "concept")]
+    wanted.append(("pooling", lambda a: a.embedding.pooling, concept.pooling, "concept"))
+    wanted.append(("concept_function", lambda a: a.embedding.function, asked.function, "concept_function"))
+    if asked.query_set is not None:
+        fingerprint = asked.query_set.fingerprint
+        wanted.append(("query_set", lambda a: a.embedding.query_set_fingerprint, fingerprint, "query_set"))
+    if asked.damping is not None:
+        wanted.append(("damping", lambda a: a.embedding.damping, asked.damping, "damping"))
+    found = every
+    for name, read, value, param in wanted:
+        left = [array for array in found if read(array) == value]  # pyright: ignore[reportCallIssue]
+        if not left:
+            if falls_back:
+                return None
+            shown = sorted({str(_label(array, name)) for array in found})
+            raise Invalid(
+                f"{name}_not_indexed",
+                f"Index {index.id} has no influence embeddings for this {name}; it has: {', '.join(shown)}. "
+                "Add them to a gradient index with POST /v1/indexes/{index}/query-sets, or build it with them.",
+                param=param,
+                context={"available": shown},
+            )
+        found = left
+    return _only(index, found, asked)
+
+
+def _only(index: IndexRecord, found: list[ArrayInfo], asked: Asked) -> ArrayInfo:
+    """One of embeddings that differ in query set or damping only: the default damping, the newest sum."""
+    sets = {array.embedding.query_set: None for array in found if array.embedding}
+    if len(sets) > 1:
+        raise Invalid(
+            "query_set_needed",
+            f"Index {index.id} has embeddings for several query sets: {', '.join(sets)}. Name one in 'query_set'.",
+            param="query_set",
+            context={"available": list(sets)},
+        )
+    dampings = sorted({array.embedding.damping for array in found if array.embedding})
+    damping = DEFAULT_DAMPING if DEFAULT_DAMPING in dampings else dampings[0]
+    if asked.damping is None and len(dampings) > 1 and DEFAULT_DAMPING not in dampings:
+        raise Invalid(
+            "damping_needed",
+            f"Index {index.id} has embeddings at dampings {', '.join(map(str, dampings))}: name one in 'damping'.",
+            param="damping",
+            context={"available": dampings},
+        )
+    same = [array for array in found if array.embedding and array.embedding.damping in {damping, asked.damping}]
+    return max(same, key=lambda array: array.embedding.points if array.embedding else 0)
+
+
+def _influence(storage: Storage, array: ArrayInfo, asked: Asked) -> Matched:
+    _, vector = _concept(asked)
+    embedding = array.embedding
+    assert embedding is not None  # noqa: S101
+    captured = 1.0
+    if embedding.directions is not None:
+        vector = _rows_of_r(storage, embedding.directions) @ vector
+        captured = float(vector @ vector)
+    return Matched(
+        array,
+        vector,
+        damping=embedding.damping,
+        captured=captured,
+        query_set=embedding.query_set,
+        points=embedding.points,
+    )
+
+
+# --- gradient coordinates: a model runs once per query set ----------------------------------------------
+
+
+def _gradient(
+    storage: Storage, index: IndexRecord, manifest: IndexManifest, asked: Asked, shard_size: int
+) -> Matched | Missing:
+    array = next((array for array in index.arrays if array.kind == IndexKind.GRADIENT), None)
+    gradient = manifest.spec.gradient
+    if array is None or gradient is None:
+        raise _not_indexed(index, IndexKind.GRADIENT, [])
+    if asked.query_set is None:
+        about = "∇f_v(Q)" if asked.concept else "∇L(Q)"
+        raise Invalid(
+            "query_set_needed",
+            f"{asked.method} scores {about}: name the dataset Q in 'query_set' "
+            "(prompts with answers on which the behaviour shows).",
+            param="query_set",
+        )
+    eigen = gradient.projection if isinstance(gradient.projection, Eigen) else None
+    if eigen is None and asked.damping is not None:
+        raise Invalid(
+            "no_damping",
+            f"Index {index.id} holds random projections, which have no curvature to damp. Leave 'damping' out, "
+            "or build the index with projection 'eigen'.",
+            param="damping",
+        )
+    if asked.concept is not None and asked.concept.layer > gradient.blocks:
+        raise Invalid(
+            "layer_not_indexed",
+            f"Concept {asked.concept.id!r} lies at layer {asked.concept.layer}, but index {index.id} tracks blocks "
+            f"1 to {gradient.blocks} only: part of its gradient would be missing. Build the index with "
+            f"layer {asked.concept.layer}.",
+            param="concept",
+        )
+    found = _coordinates(storage, index, manifest, asked, shard_size)
+    if isinstance(found, Missing):
+        return found
+    coordinates, examples, quarantined, captured = found
+    damping = None
+    if eigen is not None:
+        damping = DEFAULT_DAMPING if asked.damping is None else asked.damping
+        coordinates = basis.damped(storage, eigen.basis, coordinates, damping)
+    return Matched(
+        array,
+        coordinates,
+        damping=damping,
+        captured=captured,
+        query_set=asked.query_set.id,
+        examples=examples,
+        quarantined=quarantined,
+    )
+
+
+def _coordinates(
+    storage: Storage, index: IndexRecord, manifest: IndexManifest, asked: Asked, shard_size: int
+) -> tuple[F32, int, int, float] | Missing:
+    """Coordinates of −∇f_v(Q) or ∇L(Q), used and unused examples of Q, and the captured share of v̂."""
+    assert asked.query_set is not None  # noqa: S101
+    built = manifest.spec
+    objective = LossObjective()
+    if asked.concept is not None and asked.vector is not None:
+        concept, vector = asked.concept, asked.vector
+        same = (asked.query_set.fingerprint, concept.layer, concept.pooling, asked.function)
+        for known in manifest.jacobians:
+            if (known.query_set_fingerprint, known.layer, known.pooling, known.function) == same:
+                artifact = artifacts.get(storage, known.artifact)
+                rows = artifacts.read(storage, artifact, "jacobian")["rows"]
+                v = vector if known.directions is None else _rows_of_r(storage, known.directions) @ vector
+                facts = artifact.facts
+                return -(v @ rows), int(facts["examples"]), int(facts["quarantined"]), float(v @ v)
+        objective = ConceptObjective(
+            concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector)), asked.function
+        )
+    reading = {name: getattr(built, name) for name in Reading.__dataclass_fields__}
+    spec = PassSpec(**reading, activation=None, gradient=built.gradient, objective=objective)
+    key = codec.digest(["query", codec.to_plain(spec), asked.query_set.fingerprint])
+    stored = artifacts.find(storage, key)
+    if stored is None:
+        return Missing(key, QueryGradientSpec(key, index.id, index.model, asked.query_set.id, spec, shard_size))
+    vector = artifacts.read(storage, stored, "query")["vector"]
+    return vector, int(stored.facts["examples"]), int(stored.facts["quarantined"]), 1.0
+
+
+# --- what they share ------------------------------------------------------------------------------------
+
+
+def _concept(asked: Asked) -> tuple[ConceptRecord, F32]:
+    assert asked.concept is not None and asked.vector is not None  # noqa: S101
+    return asked.concept, asked.vector
+
+
+def _rows_of_r(storage: Storage, key: str) -> F32:
+    return artifacts.read(storage, artifacts.get(storage, key), "directions")["rows"].astype(np.float32)
+
+
+def _label(array: ArrayInfo, name: str) -> object:
+    embedding = array.embedding
+    assert embedding is not None  # noqa: S101
+    labels: dict[str, object] = {
+        "layer": array.layer,
+        "pooling": embedding.pooling,
+        "concept_function": embedding.function,
+        "query_set": embedding.query_set,
+        "damping": embedding.damping,
+    }
+    return labels[name]
+
+
+def _not_indexed(index: IndexRecord, kind: IndexKind, layers: list[int | None]) -> Invalid:
+    if not layers:
+        held = ", ".join(sorted({str(array.kind) for array in index.arrays}))
+        detail = f"Index {index.id} holds no {kind} rows (it has: {held}); build it with that kind."
+        return Invalid("kind_not_indexed", detail, param="method", context={"layers": []})
+    detail = f"Index {index.id} holds no {kind} rows at layer of the concept; it has layers "
+    return Invalid(
+        "layer_not_indexed", detail + ", ".join(map(str, layers)) + ".", param="concept", context={"layers": layers}
+    )

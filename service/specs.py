@@ -1,0 +1,141 @@
+"""Job specifications, and the manifest that a build publishes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.contracts import ArrayInfo, Counts, Fidelity, Point
+from service.terms import ConceptFunction, LossReduction, Pooling
+from service.work import FORMAT, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """``projection`` None: EK-FAC eigenvectors. ``coordinates``: k of an eigen index."""
+
+    coordinates: int
+    projection: Rademacher | None
+
+
+@dataclass(frozen=True)
+class InfluencePlan:
+    """One embedding for every query set × layer × function × damping."""
+
+    query_sets: tuple[str, ...]  # dataset ids
+    layers: tuple[int, ...]
+    pooling: Pooling
+    functions: tuple[ConceptFunction, ...]
+    dampings: tuple[float, ...]
+    coordinates: int | None  # K; None: as many as ``head_bytes`` allows
+    rank: int | None  # rows of R; None: the identity
+    directions: tuple[str, ...]  # concept ids that R spans first
+    head_bytes: int
+
+
+@dataclass(frozen=True)
+class BuildIndexSpec:
+    name: str
+    version: int
+    model: str
+    dataset: str
+    reading: Reading  # of the model itself; its checkpoints differ in their fingerprint only
+    points: tuple[Point, ...]  # of the run, the model itself last; more than one for ``influence`` only
+    blocks: int  # modules in blocks 1..blocks are tracked
+    p: int | None  # eigenvectors per side; None: all
+    layers: tuple[int, ...]
+    pooling: Pooling
+    loss_reduction: LossReduction
+    activation: bool
+    gradient: GradientPlan | None
+    influence: InfluencePlan | None
+    curvature: CurvatureSpec
+    shard_size: int
+
+
+@dataclass(frozen=True)
+class ExtendIndexSpec:
+    """A new version of a ``gradient`` index with embeddings for more query sets or layers."""
+
+    name: str
+    version: int
+    source: str  # index id
+    model: str
+    influence: InfluencePlan
+    shard_size: int
+
+
+@dataclass(frozen=True)
+class FitConceptSpec:
+    id: str
+    model: str
+    positive: str  # dataset id
+    negative: str
+    pass_spec: PassSpec  # activation only, one layer
+    shard_size: int
+
+
+@dataclass(frozen=True)
+class QueryGradientSpec:
+    """Coordinates of −∇f_v(Q) or ∇L(Q) in the basis of an index's gradient kind."""
+
+    key: str
+    index: str
+    model: str
+    query_set: str
+    pass_spec: PassSpec  # with its objective
+    shard_size: int
+
+
+JobSpec = BuildIndexSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec
+
+
+# --- what a build publishes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """Arrays that lie together in one list of shards, cut at the same examples in every section."""
+
+    arrays: tuple[ArrayInfo, ...]
+    shards: tuple[ShardRef, ...]
+
+
+@dataclass(frozen=True)
+class CachedJacobian:
+    """J(Q, l) in the coordinates of the gradient kind."""
+
+    query_set_fingerprint: str
+    layer: int
+    pooling: Pooling
+    function: ConceptFunction
+    artifact: str
+    directions: str | None  # artifact that holds R; None: the identity
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """Decided by the inputs alone, so that two builds of the same thing agree byte for byte.
+
+    An example is indexed when every section has it.
+    """
+
+    name: str
+    version: int
+    model: str
+    model_fingerprint: str
+    lineage: str
+    dataset: str
+    dataset_fingerprint: str
+    chat_template_sha256: str | None
+    spec: PassSpec  # of the pass over the model itself
+    points: tuple[Point, ...]
+    curvature: CurvatureSpec | None  # None: no kind of this index needs one
+    sections: tuple[Section, ...]
+    counts: Counts
+    quarantine_reasons: Mapping[str, int]
+    jacobians: tuple[CachedJacobian, ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def arrays(self) -> tuple[ArrayInfo, ...]:
+        return tuple(array for section in self.sections for array in section.arrays)

@@ -1,0 +1,351 @@
+"""What workers are asked to do, and what they leave in storage.
+
+A *work* is everything that decides the bytes of its result except the examples; a *task* adds those and
+where the weights lie. Results are named by the hash of both, so a finished one is found again by every job
+that needs it: a resumed build, a rebuild, another query on the same data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.contracts import ArrayInfo, DatasetRecord, Quarantined
+from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, LossReduction, Pooling
+
+FORMAT = 2  # of shards and artifacts; a change that alters their bytes raises it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which weights read the examples, and how texts become batches."""
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    max_length: int
+    long_examples: LongExamples
+    token_budget: int  # padded tokens per batch
+    dtype: str  # float32 | bfloat16 | float16
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a Reading's weights and tokenizer lie: not part of any key, the fingerprints are."""
+
+    model_path: str
+    tokenizer_path: str
+
+
+# --- a pass over examples: rows ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    layers: tuple[int, ...]
+    pooling: Pooling
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """Two-sided seeded random signs, p × p numbers per module: the baseline."""
+
+    p: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """EK-FAC eigenvectors; ``basis`` names the artifact that says which coordinates are kept."""
+
+    curvature: str
+    basis: str
+
+
+@dataclass(frozen=True)
+class GradientSpec:
+    """Coordinates of ∇L(z) over the modules of blocks 1..blocks."""
+
+    blocks: int
+    projection: Rademacher | Eigen = Rademacher()
+    loss_reduction: LossReduction = LossReduction.MEAN
+
+
+@dataclass(frozen=True)
+class Head:
+    """One influence embedding: ``artifact`` holds −R J H⁻¹ in the chosen coordinates."""
+
+    array: ArrayInfo
+    artifact: str
+
+
+@dataclass(frozen=True)
+class InfluenceSpec:
+    """m_z for every head, read off the coordinates of ∇L(z)."""
+
+    blocks: int
+    curvature: str
+    heads: tuple[Head, ...]
+    loss_reduction: LossReduction = LossReduction.MEAN
+
+
+@dataclass(frozen=True)
+class ConceptObjective:
+    """Replaces the loss by f_v: its gradient coordinates are the query side of concept influence."""
+
+    concept_sha256: str
+    layer: int
+    pooling: Pooling
+    vector: tuple[float, ...]  # v̂, d numbers
+    function: ConceptFunction = ConceptFunction.DOT
+
+
+@dataclass(frozen=True)
+class LossObjective:
+    """The loss itself, for a query set: coordinates are kept in float32 and may be zero."""
+
+    loss: str = "cross_entropy"
+
+
+@dataclass(frozen=True)
+class PassSpec(Reading):
+    """One forward and at most one backward over examples, and all rows that are read off them."""
+
+    activation: ActivationSpec | None
+    gradient: GradientSpec | None
+    objective: ConceptObjective | LossObjective | None  # None: training examples
+    influence: InfluenceSpec | None = None
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class SumSpec:
+    """Embeddings summed over the checkpoints of a run: the weighted sum of the same arrays of other shards."""
+
+    sources: tuple[tuple[str, float], ...]  # shard key, weight
+    arrays: tuple[ArrayInfo, ...]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class ReadOffSpec:
+    """Embeddings from stored gradient coordinates: no model, no training data."""
+
+    source: str  # shard key
+    basis: str
+    jacobian: str  # J in the coordinates of the basis
+    array: ArrayInfo
+    format: int = FORMAT
+
+
+# --- artifacts: what passes need first ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CurvatureSpec:
+    """How EK-FAC is fitted: on ``examples`` examples drawn by ``seed``, the summed loss."""
+
+    examples: int = 4096
+    seed: int = 0
+    labels: FactorLabels = FactorLabels.SAMPLED
+    positions: FactorPositions = FactorPositions.TARGETS
+    p: int | None = None  # eigenvectors kept per side; None: all
+
+
+@dataclass(frozen=True)
+class CovarianceWork:
+    """Σ a aᵀ and Σ g gᵀ of every module over some of the sample."""
+
+    reading: Reading
+    blocks: int
+    spec: CurvatureSpec
+
+
+@dataclass(frozen=True)
+class EigenWork:
+    """Eigenvectors of one module from the summed covariances."""
+
+    parts: tuple[str, ...]
+    module: str
+    p: int | None
+
+
+@dataclass(frozen=True)
+class MomentWork:
+    """Σ C² and Σ ‖G‖² of every module over some of the sample, in the eigenbases."""
+
+    reading: Reading
+    blocks: int
+    spec: CurvatureSpec
+    bases: tuple[tuple[str, str], ...]  # module, artifact of its eigenvectors
+
+
+@dataclass(frozen=True)
+class LambdaWork:
+    """λ of one module from the summed moments."""
+
+    parts: tuple[str, ...]
+    module: str
+    eigen: str
+
+
+@dataclass(frozen=True)
+class ScoutWork:
+    """How much each eigenvector matters to f_v on a query set, from J along a few random directions."""
+
+    reading: Reading
+    curvature: str
+    layer: int
+    pooling: Pooling
+    function: ConceptFunction
+    damping: float
+
+
+@dataclass(frozen=True)
+class NarrowWork:
+    """One module of a curvature with p eigenvectors per side: those that scouts found to matter, or the top."""
+
+    curvature: str
+    module: str
+    p: int
+    scouts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JacobianWork:
+    """Rows start … stop − 1 of J, or of D·J for given directions D, averaged over the query set."""
+
+    reading: Reading
+    curvature: str
+    layer: int
+    pooling: Pooling
+    function: ConceptFunction
+    directions: str | None  # artifact; None: the identity
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class MixWork:
+    """D·J from the rows of J and stored directions D: f_v is linear in v, so no model runs."""
+
+    rows: tuple[str, ...]
+    directions: str
+
+
+@dataclass(frozen=True)
+class LossRowsWork:
+    """Coordinates of ∇L of single examples, one row each, or of their mean: loss queries, nothing left out."""
+
+    reading: Reading
+    curvature: str
+    loss_reduction: LossReduction
+    mean: bool = False
+
+
+@dataclass(frozen=True)
+class BasisWork:
+    """Which coordinates a gradient index keeps: by λ; where query sets are known, half by J, half by ∇L(Q)."""
+
+    curvature: str
+    coordinates: int
+    damping: float
+    jacobians: tuple[tuple[str, ...], ...] = ()  # blocks of rows, for each query set
+    losses: tuple[str, ...] = ()  # mean loss gradients, for each query set
+
+
+@dataclass(frozen=True)
+class HeadWork:
+    """``sign`` · rows · H⁻¹ in the K coordinates that matter most: what turns coordinates into embeddings."""
+
+    curvature: str
+    rows: tuple[str, ...]  # blocks of rows of J (sign −1) or of loss gradients (sign +1)
+    damping: float
+    coordinates: int | None  # None: all
+    sign: int = -1
+
+
+@dataclass(frozen=True)
+class GatherWork:
+    """J in the coordinates of a gradient index: with it any v is answered at once."""
+
+    basis: str
+    rows: tuple[str, ...]
+
+
+ArtifactWork = (
+    CovarianceWork
+    | EigenWork
+    | MomentWork
+    | LambdaWork
+    | ScoutWork
+    | NarrowWork
+    | JacobianWork
+    | MixWork
+    | LossRowsWork
+    | BasisWork
+    | HeadWork
+    | GatherWork
+)
+ShardWork = PassSpec | SumSpec | ReadOffSpec
+Work = ShardWork | ArtifactWork
+
+
+# --- tasks and their results --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work for one worker. ``rows`` are positions among the dataset's examples."""
+
+    key: str
+    title: str  # for people
+    work: Work
+    location: Location | None = None
+    dataset: DatasetRecord | None = None
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The manifest of an artifact, written last; files are safetensors."""
+
+    key: str
+    facts: Mapping[str, float | int | str]
+    files: Mapping[str, str]  # file name → sha256
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ShardArray:
+    """A stored matrix: see ``service/rows.py`` for ``encoding``.
+
+    ``half``: float16 rows and one power of two per row; ``int8``: one float32 scale per row; ``single``:
+    float32, for the query side, which is small and must not be rounded.
+    """
+
+    info: ArrayInfo
+    encoding: str
+    file: str
+    scale: str | None  # the file with a number per row
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """Written last: a shard exists when its manifest does."""
+
+    key: str
+    work: ShardWork
+    ids: tuple[str, ...]  # of the stored rows, in order
+    quarantined: tuple[Quarantined, ...]
+    truncated: int
+    tokens: int
+    arrays: tuple[ShardArray, ...]
+    files: Mapping[str, str]  # file name → sha256
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ShardRef:
+    """How an index manifest names a shard; ``sha256`` is of the shard's manifest."""
+
+    key: str
+    sha256: str
+    rows: int

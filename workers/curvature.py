@@ -1,0 +1,174 @@
+"""EK-FAC, as DESIGN section 1 pins it down: covariances, eigenbases, λ.
+
+For a linear map with inputs a_t and output gradients g_t: A = E[a aᵀ], S = E[g gᵀ] over positions, with
+eigenvectors U_A and U_S, largest first. In the basis C = U_Sᵀ G U_A of an example's whole gradient G,
+λ_ij = E[C_ij²] over examples (George et al. 2018, arXiv 1806.03884, eq. 9), and
+
+    H⁻¹ G = U_S (C / (λ + δ)) U_Aᵀ,     δ = damping · mean λ of the module.
+
+Everything here is a pure function of a frozen model and one batch; sums over batches and shards are the
+caller's. Gradients are those of the summed loss.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from service.errors import Invalid
+from service.terms import FactorLabels, FactorPositions
+from workers.batches import Batch
+from workers.gradients import Sides, coordinates, logits_at, taps
+
+_ROWS = 4096  # positions whose label distribution is held at a time
+
+
+@dataclass
+class Covariance:
+    """Σ a aᵀ (d_in, d_in) and Σ g gᵀ (d_out, d_out) over positions, not yet divided by anything."""
+
+    into: Tensor
+    out: Tensor
+
+
+@dataclass
+class Moments:
+    """Over examples: Σ C² (q_out, q_in), and Σ ‖G‖²_F of the whole gradient, discarded coordinates included."""
+
+    square: Tensor
+    norm: Tensor
+
+
+def uniforms(seed: int, example_id: str, length: int) -> np.ndarray:
+    """(length,) numbers in [0, 1), one per position: keyed by the example, never by its batch."""
+    key = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)))
+    return generator.random(length)
+
+
+def sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(n,) labels drawn from softmax(logits (n, V)) by inversion at ``uniform`` (n,)."""
+    drawn = []
+    for rows, points in zip(logits.split(_ROWS), uniform.split(_ROWS), strict=True):
+        steps = rows.softmax(dim=-1).double().cumsum(dim=-1)
+        drawn.append(torch.searchsorted(steps, points[:, None] * steps[:, -1:], right=True).squeeze(1))
+    return torch.cat(drawn).clamp_(max=logits.shape[-1] - 1) if drawn else uniform.long()
+
+
+def factor_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    labels: FactorLabels,
+    positions: FactorPositions,
+    uniform: Sequence[np.ndarray] = (),
+) -> Tensor:
+    """Summed cross-entropy of the batch, a scalar.
+
+    ``labels`` sampled from the model at ``uniform`` (one array of T numbers per example), or the true ones;
+    ``positions`` ``all``: wherever a token follows, prompts included; ``targets``: what is trained on.
+    """
+    follows = batch.real[:, 1:] if positions == FactorPositions.ALL else batch.loss_weight[:, 1:] > 0
+    logits = logits_at(model, batch.ids, functional.pad(follows, (0, 1)))
+    if labels == FactorLabels.TRUE:
+        label = batch.ids[:, 1:][follows]
+    else:
+        padded = torch.zeros(follows.shape, dtype=torch.float64)
+        for row, points in enumerate(uniform):
+            padded[row, : len(points) - 1] = torch.from_numpy(points[:-1])
+        label = sample(logits.detach(), padded.to(follows.device)[follows])
+    return functional.cross_entropy(logits, label, reduction="sum")
+
+
+def add_covariances(
+    sums: dict[str, Covariance], modules: Mapping[str, nn.Module], model: nn.Module, batch: Batch, **loss: object
+) -> None:
+    """Add the batch to ``sums``, made on first use; ``loss`` as in ``factor_loss``.
+
+    A counts every real position; S needs no mask, since padding has no gradient.
+    """
+    exact = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+    def forward(name: str, inputs: Tensor) -> None:
+        values = inputs[batch.real].to(exact)
+        _add(name, 0, values.T @ values)
+
+    def backward(name: str, _kept: None, gradient: Tensor) -> None:
+        values = gradient.flatten(0, 1).to(exact)
+        _add(name, 1, values.T @ values)
+
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def _add(name: str, side: int, value: Tensor) -> None:
+        found[name, side] = found[name, side] + value if (name, side) in found else value
+
+    with taps(modules, forward=forward, backward=backward):
+        factor_loss(model, batch, **loss).backward()  # pyright: ignore[reportArgumentType]
+    for name in modules:
+        into, out = found[name, 0], found[name, 1]
+        if name in sums:
+            sums[name].into += into
+            sums[name].out += out
+        else:
+            sums[name] = Covariance(into, out)
+
+
+def add_moments(
+    sums: dict[str, Moments],
+    modules: Mapping[str, nn.Module],
+    sides: Mapping[str, Sides],
+    model: nn.Module,
+    batch: Batch,
+    **loss: object,
+) -> None:
+    """Add Σ C² and Σ ‖G‖² of the batch's examples to ``sums``.
+
+    With all eigenvectors ‖G‖ = ‖C‖; else ‖G‖² = Σ_tt' (a_t·a_t')(g_t·g_t'), and G is never built.
+    """
+
+    seen: set[str] = set()
+
+    def add(name: str, square: Tensor, norm: Tensor) -> None:
+        if name in seen:  # C must be summed over the calls before it is squared
+            detail = f"{name} runs more than once in a forward pass; EK-FAC is not defined for shared maps."
+            raise Invalid("module_reused", detail, param="model")
+        seen.add(name)
+        if name in sums:
+            sums[name].square += square
+            sums[name].norm += norm
+        else:
+            sums[name] = Moments(square, norm)
+
+    def whole(name: str, C: Tensor) -> None:
+        square = C.square().sum(0)
+        add(name, square, square.double().sum())
+
+    def forward(name: str, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def backward(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        side = sides[name]
+        a, g = inputs.to(side.into.dtype), gradient.to(side.out.dtype)
+        C = (g @ side.out).transpose(1, 2) @ (a @ side.into)
+        gram = (a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))
+        add(name, C.square().sum(0), gram.double().sum())
+
+    full = {name: side for name, side in sides.items() if side.out.shape[0] * side.into.shape[0] == side.size}
+    part = {name: modules[name] for name in sides if name not in full}
+    with coordinates(modules, full, whole), taps(part, forward=forward, backward=backward):
+        factor_loss(model, batch, **loss).backward()  # pyright: ignore[reportArgumentType]
+
+
+def eigenvectors(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(d, count) eigenvectors of a symmetric matrix and their eigenvalues, largest first; float64.
+
+    Each vector's largest entry is positive, so that the sign does not depend on the linear algebra library.
+    """
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    peaks = np.abs(vectors).argmax(axis=0)
+    return vectors * np.sign(vectors[peaks, np.arange(vectors.shape[1])]), values

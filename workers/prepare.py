@@ -1,0 +1,63 @@
+"""From examples to batches: tokenise, mask, fit into the context, or say why an example cannot run."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from service.contracts import Example, Quarantined
+from service.terms import LossReduction, Pooling
+from service.work import Reading
+from workers.batches import Batch, collate, plan
+from workers.masks import Tokens, UnrenderableError, fit, tokenise
+from workers.models import Loaded
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``tokens`` by position among the examples that were given; the others are in ``aside``."""
+
+    tokens: dict[int, Tokens]
+    aside: dict[int, Quarantined]
+
+    def batches(
+        self, loaded: Loaded, reading: Reading, *, pooling: Pooling | None, reduction: LossReduction
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Positions and the batch they run in, by the plan that lengths and token budget decide."""
+        positions = list(self.tokens)
+        for group in plan([len(self.tokens[position]) for position in positions], reading.token_budget):
+            members = [positions[i] for i in group]
+            chosen = [self.tokens[position] for position in members]
+            yield members, collate(chosen, pooling=pooling, reduction=reduction, device=loaded.device)
+
+
+def prepare(
+    loaded: Loaded, reading: Reading, examples: Sequence[Example], *, trains: bool, pooling: Pooling | None
+) -> Prepared:
+    """``trains``: an example without a token to predict is set aside; ``pooling``: one without a token to pool."""
+    found = Prepared({}, {})
+    for position, example in enumerate(examples):
+        ready = _one(loaded, reading, example, trains, pooling)
+        if isinstance(ready, Quarantined):
+            found.aside[position] = ready
+        else:
+            found.tokens[position] = ready
+    return found
+
+
+def _one(
+    loaded: Loaded, reading: Reading, example: Example, trains: bool, pooling: Pooling | None
+) -> Tokens | Quarantined:
+    try:
+        whole = tokenise(example.content, loaded.tokenizer)
+    except UnrenderableError as error:
+        return Quarantined(example.id, error.code, error.detail)
+    tokens = fit(whole, reading.max_length, reading.long_examples)
+    if tokens is None:
+        detail = f"{len(whole)} tokens, the limit is {reading.max_length}."
+        return Quarantined(example.id, "too_long", detail)
+    cut = f" within the first {reading.max_length} of {len(whole)} tokens" if tokens.truncated else ""
+    if trains and not tokens.predicted.any():
+        reason = "target_cut_off" if tokens.truncated else "no_target"
+        return Quarantined(example.id, reason, f"There is no token to predict{cut}.")
+    if pooling is not None and not tokens.pooled(pooling).any():
+        return Quarantined(example.id, "nothing_to_pool", f"No token is left to pool by {pooling}{cut}.")
+    return tokens

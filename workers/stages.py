@@ -1,0 +1,233 @@
+"""The steps that jobs are made of, as the dispatcher drives them: cut into tasks, hand out, collect.
+
+Everything is found again by its key, so each step is its own checkpoint.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from service import artifacts, codec, datasets, shards
+from service.contracts import DatasetRecord, JobContext
+from service.rows import F32
+from service.storage import Storage
+from service.terms import ConceptFunction, Pooling
+from service.work import (
+    Artifact,
+    ArtifactWork,
+    CovarianceWork,
+    CurvatureSpec,
+    EigenWork,
+    JacobianWork,
+    LambdaWork,
+    Location,
+    MomentWork,
+    NarrowWork,
+    PassSpec,
+    Reading,
+    ShardManifest,
+    ShardWork,
+    Task,
+)
+from workers.actor import find
+from workers.eigenbasis import EIGEN, LAMBDA, modules
+from workers.pool import Pool
+
+_PARTS = 8  # of the curvature's sample: sums are kept by part until they are reduced
+_SMALLEST_PART = 64
+_ROWS = 128  # of J per task
+
+
+class Stages:
+    """Bound to one job: its context hears of progress, and may stop the work at any task."""
+
+    def __init__(self, storage: Storage, pool: Pool, context: JobContext) -> None:
+        self.storage = storage
+        self._pool = pool
+        self.context = context
+        self.prefix = ""  # in front of every stage's name: which checkpoint it is about
+
+    # --- rows ---------------------------------------------------------------------------------------
+
+    def rows(
+        self,
+        stage: str,
+        location: Location,
+        spec: PassSpec,
+        dataset: DatasetRecord,
+        *,
+        size: int,
+        chosen: Sequence[int] | None = None,
+    ) -> list[ShardManifest]:
+        """The shards of a pass over the dataset, or over ``chosen`` positions of it, in order."""
+        ids = self.ids(dataset)
+        tasks = shards.cut(location, spec, dataset, ids, range(len(ids)) if chosen is None else chosen, size)
+        return self.run(stage, tasks, unit="examples")
+
+    def ids(self, dataset: DatasetRecord) -> list[str]:
+        return datasets.read_table(self.storage, dataset).column("id").to_pylist()
+
+    def derive(self, stage: str, works: Sequence[ShardWork]) -> list[ShardManifest]:
+        """Shards computed from other shards."""
+        tasks = [shards.derived(work, f"{stage}, shard {number}") for number, work in enumerate(works)]
+        return self.run(stage, tasks, unit="shards")
+
+    # --- artifacts ----------------------------------------------------------------------------------
+
+    def artifacts(
+        self,
+        stage: str,
+        works: Sequence[ArtifactWork],
+        *,
+        location: Location | None = None,
+        sources: Sequence[tuple[DatasetRecord, Sequence[int]]] | None = None,
+        unit: str = "parts",
+    ) -> list[Artifact]:
+        """One artifact for every work; ``sources`` says which examples each of them reads."""
+        ids: dict[str, list[str]] = {}
+        tasks = []
+        for number, work in enumerate(works):
+            dataset, rows = sources[number] if sources else (None, ())
+            if dataset is not None and dataset.id not in ids:
+                ids[dataset.id] = self.ids(dataset)
+            read = [ids[dataset.id][row] for row in rows] if dataset is not None else []
+            key = codec.digest([type(work).__name__, codec.to_plain(work), read])
+            title = f"{stage}, part {number + 1} of {len(works)}"
+            tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
+        return self.run(stage, tasks, unit=unit)
+
+    def curvature(
+        self, location: Location, reading: Reading, blocks: int, spec: CurvatureSpec, dataset: DatasetRecord
+    ) -> str:
+        """EK-FAC of the modules in blocks 1..blocks, fitted on a seeded sample; the artifact's key.
+
+        The key covers weights, tokenizer, mask rule, settings and the sample's examples: a stale one cannot
+        be found.
+        """
+        ids = self.ids(dataset)
+        chosen = sample_rows(ids, spec.examples, spec.seed)
+        plain = [codec.to_plain(reading), blocks, codec.to_plain(spec), [ids[row] for row in chosen]]
+        key = codec.digest(["curvature", *plain])
+        if artifacts.find(self.storage, key) is not None:
+            return key
+        size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
+        parts = [(dataset, chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        work = CovarianceWork(reading, blocks, spec)
+        covariances = self.artifacts(
+            "curvature: covariances", [work] * len(parts), location=location, sources=parts
+        )
+        names = artifacts.stems(covariances[0])
+        keys = tuple(part.key for part in covariances)
+        eigen = self.artifacts(
+            "curvature: eigenvectors", [EigenWork(keys, name, spec.p) for name in names], unit="modules"
+        )
+        bases = tuple((name, found.key) for name, found in zip(names, eigen, strict=True))
+        moments = self.artifacts(
+            "curvature: eigenvalues",
+            [MomentWork(reading, blocks, spec, bases)] * len(parts),
+            location=location,
+            sources=parts,
+        )
+        keys = tuple(part.key for part in moments)
+        squares = self.artifacts(
+            "curvature: λ", [LambdaWork(keys, name, basis) for name, basis in bases], unit="modules"
+        )
+        facts: dict[str, float | int | str] = {"examples": int(squares[0].facts["examples"])}
+        for (name, basis), square in zip(bases, squares, strict=True):
+            facts |= {EIGEN + name: basis, LAMBDA + name: square.key}
+        artifacts.publish(self.storage, key, {}, facts=facts)
+        return key
+
+    def narrowed(self, curvature: str, p: int | None, scouts: Sequence[str]) -> str:
+        """The curvature with p eigenvectors per side of every module; None: itself."""
+        if p is None:
+            return curvature
+        key = codec.digest(["narrowed", curvature, p, list(scouts)])
+        if artifacts.find(self.storage, key) is not None:
+            return key
+        names = modules(self.storage, curvature)
+        works = [NarrowWork(curvature, name, p, tuple(scouts)) for name in names]
+        found = self.artifacts("choosing eigenvectors", works, unit="modules")
+        facts: dict[str, float | int | str] = {}
+        for name, artifact in zip(names, found, strict=True):
+            facts |= {EIGEN + name: artifact.key, LAMBDA + name: artifact.key}
+        artifacts.publish(self.storage, key, {}, facts=facts)
+        return key
+
+    def jacobian(
+        self,
+        location: Location,
+        reading: Reading,
+        query_set: DatasetRecord,
+        *,
+        curvature: str,
+        layer: int,
+        pooling: Pooling,
+        function: ConceptFunction,
+        directions: str | None,
+        count: int,
+    ) -> tuple[str, ...]:
+        """J(Q, l), or D·J for stored directions D (count rows): the keys of its blocks of rows."""
+        about = (reading, curvature, layer, pooling, function, directions)
+        works = [JacobianWork(*about, start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+        whole = (query_set, range(query_set.examples))
+        found = self.artifacts(
+            f"Jacobian over {query_set.id}, layer {layer}", works, location=location, sources=[whole] * len(works)
+        )
+        return tuple(artifact.key for artifact in found)
+
+    def store(self, key: list[Any], stem: str, tensors: Mapping[str, Any]) -> str:
+        """A small artifact that the dispatcher makes itself."""
+        name = codec.digest(key)
+        if artifacts.find(self.storage, name) is None:
+            artifacts.publish(self.storage, name, {stem: tensors})
+        return name
+
+    # --- both ---------------------------------------------------------------------------------------
+
+    def run(self, stage: str, tasks: Sequence[Task], *, unit: str) -> list[Any]:
+        """The results of all tasks in order; those in storage are not computed again."""
+        stage = self.prefix + stage
+        weight = (lambda task: len(task.rows)) if unit == "examples" else (lambda _task: 1)
+        total = sum(map(weight, tasks))
+        found: dict[str, Any] = {}
+        for task in tasks:
+            if (there := find(self.storage, task)) is not None:
+                found[task.key] = there
+        done = resumed = sum(weight(task) for task in tasks if task.key in found)
+        quarantined = sum(len(getattr(manifest, "quarantined", ())) for manifest in found.values())
+        if found:
+            noun = "shards" if unit == "examples" else unit
+            self.context.log(f"{len(found)} of {len(tasks)} {noun} are there already.", stage=stage)
+        self.context.progress(stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined)
+
+        def on_done(task: Task, manifest: Any) -> None:
+            nonlocal done, quarantined
+            found[task.key] = manifest
+            done += weight(task)
+            quarantined += len(getattr(manifest, "quarantined", ()))
+            self.context.progress(stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined)
+
+        missing = list({task.key: task for task in tasks if task.key not in found}.values())
+        if missing:
+            self._pool.run(missing, on_done=on_done, check=self.context.check, log_event=self.context.log)
+        return [found[task.key] for task in tasks]
+
+    def stored(self, manifests: Sequence[ShardManifest], number: int = 0) -> F32:
+        """All rows of the ``number``-th array of these shards."""
+        parts = [shards.read_rows(self.storage, manifest, manifest.arrays[number].info) for manifest in manifests]
+        return np.concatenate(parts)
+
+
+def sample_rows(ids: Sequence[str], count: int, seed: int) -> list[int]:
+    """At most ``count`` positions, chosen by a hash of seed and id: not by order, so that appending examples
+    or sorting the file keeps most of the sample.
+    """
+    return sorted(shuffled(ids, seed)[:count])
+
+
+def shuffled(ids: Sequence[str], seed: int) -> list[int]:
+    """All positions in a seeded order that depends on the ids alone."""
+    return sorted(range(len(ids)), key=lambda row: hashlib.sha256(f"{seed}:{ids[row]}".encode()).digest())
