@@ -42,7 +42,7 @@ from workers.models import Loaded, load
 
 _VOCABULARY = 2048
 _BLOCKS = 8
-_QUERIES = 8
+_QUERIES = 4
 
 
 def random_model(folder: Path, *, width: int, blocks: int = _BLOCKS) -> None:

@@ -131,7 +131,13 @@ def _only(index: IndexRecord, found: list[ArrayInfo], asked: Asked) -> ArrayInfo
             context={"available": dampings},
         )
     same = [array for array in found if array.embedding and array.embedding.damping in {damping, asked.damping}]
-    return max(same, key=lambda array: array.embedding.points if array.embedding else 0)
+    return max(same, key=_reach)
+
+
+def _reach(array: ArrayInfo) -> tuple[int, bool]:
+    """More of the run is better, and then all directions rather than some."""
+    embedding = array.embedding
+    return (embedding.points, embedding.rank is None) if embedding else (0, False)
 
 
 def _influence(storage: Storage, array: ArrayInfo, asked: Asked) -> Matched:
@@ -215,7 +221,7 @@ def _coordinates(
     if asked.concept is not None and asked.vector is not None:
         concept, vector = asked.concept, asked.vector
         same = (asked.query_set.fingerprint, concept.layer, concept.pooling, asked.function)
-        for known in manifest.jacobians:
+        for known in sorted(manifest.jacobians, key=lambda known: known.directions is not None):
             if (known.query_set_fingerprint, known.layer, known.pooling, known.function) == same:
                 artifact = artifacts.get(storage, known.artifact)
                 rows = artifacts.read(storage, artifact, "jacobian")["rows"]

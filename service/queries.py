@@ -159,8 +159,7 @@ def _fidelity(index: IndexRecord, found: Matched, *, loss: bool) -> Fidelity | N
     """What the build measured of the array that answers."""
     about = "loss" if loss else "concept"
     of_array = [each for each in index.fidelity if (each.array, each.query) == (found.array, about)]
-    same = [each for each in of_array if each.query_set == found.query_set]
-    return next(iter(same or of_array), None)
+    return next((each for each in of_array if loss or each.query_set == found.query_set), None)
 
 
 def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> tuple[str, ...]:

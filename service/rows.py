@@ -60,7 +60,9 @@ def quantise(rows: F32) -> tuple[I8, F32]:
 
 def dequantise(packed: I8, scale: F32) -> F32:
     """The float32 rows that ``quantise`` stored, to int8 precision."""
-    return packed.astype(np.float32) * scale[:, None]
+    with np.errstate(over="ignore"):  # the largest float32 may have been rounded up
+        rows = packed.astype(np.float32) * scale[:, None]
+    return np.clip(rows, -_LARGEST, _LARGEST)
 
 
 def to_npy(array: NDArray[np.generic]) -> bytes:

@@ -290,4 +290,5 @@ def _asks_the_same(array: ArrayInfo, known: CachedJacobian) -> bool:
         embedding.query_set_fingerprint,
         embedding.function,
         embedding.pooling,
-    ) == (known.layer, known.query_set_fingerprint, known.function, known.pooling)
+        embedding.directions,
+    ) == (known.layer, known.query_set_fingerprint, known.function, known.pooling, known.directions)

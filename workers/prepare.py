@@ -1,7 +1,9 @@
 """From examples to batches: tokenise, mask, fit into the context, or say why an example cannot run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from service.contracts import Example, Quarantined
 from service.terms import LossReduction, Pooling
@@ -25,8 +27,48 @@ class Prepared:
         positions = list(self.tokens)
         for group in plan([len(self.tokens[position]) for position in positions], reading.token_budget):
             members = [positions[i] for i in group]
-            chosen = [self.tokens[position] for position in members]
-            yield members, collate(chosen, pooling=pooling, reduction=reduction, device=loaded.device)
+            yield members, self.batch(loaded, members, pooling=pooling, reduction=reduction)
+
+    def batch(
+        self, loaded: Loaded, members: Sequence[int], *, pooling: Pooling | None, reduction: LossReduction
+    ) -> Batch:
+        """These positions as one batch."""
+        chosen = [self.tokens[position] for position in members]
+        return collate(chosen, pooling=pooling, reduction=reduction, device=loaded.device)
+
+    def finite(
+        self,
+        loaded: Loaded,
+        reading: Reading,
+        compute: Callable[[list[int], Batch], Mapping[str, Sequence[Tensor]]],
+        *,
+        pooling: Pooling | None,
+        reduction: LossReduction,
+    ) -> tuple[dict[str, list[Tensor]], list[int]]:
+        """Sums over all batches of what ``compute`` gives by name, and the positions that went into them.
+
+        A batch whose result holds NaN or infinity is done again example by example; the damaged ones are left out.
+        """
+        sums: dict[str, list[Tensor]] = {}
+        used: list[int] = []
+
+        def add(members: list[int], batch: Batch) -> bool:
+            found = compute(members, batch)
+            if not all(bool(each.isfinite().all()) for values in found.values() for each in values):
+                return False
+            for name, values in found.items():
+                if name in sums:
+                    sums[name] = [total.add_(value) for total, value in zip(sums[name], values, strict=True)]
+                else:
+                    sums[name] = list(values)
+            used.extend(members)
+            return True
+
+        for members, batch in self.batches(loaded, reading, pooling=pooling, reduction=reduction):
+            if not add(members, batch) and len(members) > 1:
+                for position in members:
+                    add([position], self.batch(loaded, [position], pooling=pooling, reduction=reduction))
+        return sums, used
 
 
 def prepare(

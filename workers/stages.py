@@ -15,6 +15,7 @@ from service.rows import F32
 from service.storage import Storage
 from service.terms import ConceptFunction, Pooling
 from service.work import (
+    FORMAT,
     Artifact,
     ArtifactWork,
     CovarianceWork,
@@ -37,7 +38,7 @@ from workers.pool import Pool
 
 _PARTS = 8  # of the curvature's sample: sums are kept by part until they are reduced
 _SMALLEST_PART = 64
-_ROWS = 128  # of J per task
+_ROWS = 32  # of J per task: each repeats the forward, which is small beside 32 backwards
 
 
 class Stages:
@@ -93,7 +94,7 @@ class Stages:
             if dataset is not None and dataset.id not in ids:
                 ids[dataset.id] = self.ids(dataset)
             read = [ids[dataset.id][row] for row in rows] if dataset is not None else []
-            key = codec.digest([type(work).__name__, codec.to_plain(work), read])
+            key = codec.digest([FORMAT, type(work).__name__, codec.to_plain(work), read])
             title = f"{stage}, part {number + 1} of {len(works)}"
             tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
         return self.run(stage, tasks, unit=unit)
@@ -109,7 +110,7 @@ class Stages:
         ids = self.ids(dataset)
         chosen = sample_rows(ids, spec.examples, spec.seed)
         plain = [codec.to_plain(reading), blocks, codec.to_plain(spec), [ids[row] for row in chosen]]
-        key = codec.digest(["curvature", *plain])
+        key = codec.digest([FORMAT, "curvature", *plain])
         if artifacts.find(self.storage, key) is not None:
             return key
         size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
@@ -144,7 +145,7 @@ class Stages:
         """The curvature with p eigenvectors per side of every module; None: itself."""
         if p is None:
             return curvature
-        key = codec.digest(["narrowed", curvature, p, list(scouts)])
+        key = codec.digest([FORMAT, "narrowed", curvature, p, list(scouts)])
         if artifacts.find(self.storage, key) is not None:
             return key
         names = modules(self.storage, curvature)
@@ -180,7 +181,7 @@ class Stages:
 
     def store(self, key: list[Any], stem: str, tensors: Mapping[str, Any]) -> str:
         """A small artifact that the dispatcher makes itself."""
-        name = codec.digest(key)
+        name = codec.digest([FORMAT, *key])
         if artifacts.find(self.storage, name) is None:
             artifacts.publish(self.storage, name, {stem: tensors})
         return name

@@ -1,6 +1,6 @@
 """How each artifact is computed: one function per kind of work, from stored inputs to tensors and facts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -13,7 +13,7 @@ from service.basis import SPECTRUM
 from service.contracts import Example
 from service.errors import Invalid
 from service.storage import Storage
-from service.terms import FactorLabels, LossReduction
+from service.terms import FactorLabels, FactorPositions, LossReduction
 from service.work import (
     BasisWork,
     CovarianceWork,
@@ -29,6 +29,7 @@ from service.work import (
     ScoutWork,
 )
 from workers import curvature, eigenbasis, selection
+from workers.batches import Batch
 from workers.eigenbasis import Spectrum
 from workers.gradients import Sides, loss_coordinates
 from workers.jacobian import direction_rows, jacobian
@@ -51,14 +52,16 @@ def compute(work: Any, storage: Storage, loaded: Loaded | None, examples: Sequen
 
 @compute.register
 def _covariances(work: CovarianceWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
-    sums: dict[str, curvature.Covariance] = {}
     modules = loaded.linear_maps(work.blocks)
-    for batch, loss in _factor_batches(work, loaded, examples):
-        curvature.add_covariances(sums, modules, loaded.model, batch, **loss)
-    tensors = {
-        name: {"into": found.into.cpu().numpy(), "out": found.out.cpu().numpy()} for name, found in sums.items()
-    }
-    return tensors, {"examples": len(examples)}
+
+    def of_batch(batch: Batch, loss: dict[str, Any]) -> dict[str, Sequence[torch.Tensor]]:
+        found: dict[str, curvature.Covariance] = {}
+        curvature.add_covariances(found, modules, loaded.model, batch, **loss)
+        return {name: (each.into, each.out) for name, each in found.items()}
+
+    sums, count = _over_sample(work, loaded, examples, of_batch)
+    tensors = {name: {"into": into.cpu().numpy(), "out": out.cpu().numpy()} for name, (into, out) in sums.items()}
+    return tensors, {"examples": count}
 
 
 @compute.register
@@ -78,19 +81,21 @@ def _eigen(work: EigenWork, storage: Storage, _loaded: None, _examples: Sequence
 
 @compute.register
 def _moments(work: MomentWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
-    sums: dict[str, curvature.Moments] = {}
     modules, sides = loaded.linear_maps(work.blocks), {}
     for name, key in work.bases:
         eigen = artifacts.read(storage, artifacts.get(storage, key), "eigen")
         out, into = (torch.from_numpy(eigen[side]).to(loaded.device) for side in ("out", "into"))
         sides[name] = Sides(out, into)
-    count = 0
-    for batch, loss in _factor_batches(work, loaded, examples):
-        curvature.add_moments(sums, modules, sides, loaded.model, batch, **loss)
-        count += len(batch.ids)
+
+    def of_batch(batch: Batch, loss: dict[str, Any]) -> dict[str, Sequence[torch.Tensor]]:
+        found: dict[str, curvature.Moments] = {}
+        curvature.add_moments(found, modules, sides, loaded.model, batch, **loss)
+        return {name: (each.square, each.norm) for name, each in found.items()}
+
+    sums, count = _over_sample(work, loaded, examples, of_batch)
     tensors = {
-        name: {"square": found.square.cpu().numpy(), "norm": np.array([float(found.norm)])}
-        for name, found in sums.items()
+        name: {"square": square.cpu().numpy(), "norm": np.array([float(norm)])}
+        for name, (square, norm) in sums.items()
     }
     return tensors, {"examples": count}
 
@@ -111,18 +116,31 @@ def _lambda(work: LambdaWork, storage: Storage, _loaded: None, _examples: Sequen
     return {"lambda": {"square": square.astype(np.float32)}}, {"mean": mean, "examples": count}
 
 
-def _factor_batches(work: CovarianceWork | MomentWork, loaded: Loaded, examples: Sequence[Example]) -> Any:
-    """Batches of the sample and the arguments of their loss; what cannot run is left out of the sample."""
+def _over_sample(
+    work: CovarianceWork | MomentWork,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    of_batch: Callable[[Batch, dict[str, Any]], Mapping[str, Sequence[torch.Tensor]]],
+) -> tuple[dict[str, list[torch.Tensor]], int]:
+    """Sums over the sample, and how many examples they are of; what cannot run or is damaged is left out."""
     spec = work.spec
-    prepared = prepare(loaded, work.reading, examples, trains=False, pooling=None)
-    for members, batch in prepared.batches(loaded, work.reading, pooling=None, reduction=LossReduction.SUM):
+    prepared = prepare(
+        loaded, work.reading, examples, trains=spec.positions == FactorPositions.TARGETS, pooling=None
+    )
+    for position in [position for position, tokens in prepared.tokens.items() if len(tokens) < 2]:
+        del prepared.tokens[position]  # nothing follows its only token
+
+    def compute_batch(members: list[int], batch: Batch) -> Mapping[str, Sequence[torch.Tensor]]:
         points = []
         if spec.labels == FactorLabels.SAMPLED:
             points = [
                 curvature.uniforms(spec.seed, examples[position].id, len(prepared.tokens[position]))
                 for position in members
             ]
-        yield batch, {"labels": spec.labels, "positions": spec.positions, "uniform": points}
+        return of_batch(batch, {"labels": spec.labels, "positions": spec.positions, "uniform": points})
+
+    sums, used = prepared.finite(loaded, work.reading, compute_batch, pooling=None, reduction=LossReduction.SUM)
+    return sums, len(used)
 
 
 def _total(storage: Storage, parts: Sequence[str], module: str, name: str) -> NDArray[np.float64]:
@@ -193,8 +211,6 @@ def _jacobian(work: JacobianWork, storage: Storage, loaded: Loaded, examples: Se
         directions = torch.from_numpy(rows[work.start : work.stop]).to(loaded.device)
     sums, count, aside = _rows_of_jacobian(work, storage, loaded, examples, directions)
     tensors: Tensors = {name: {"rows": rows.cpu().numpy()} for name, rows in sums.items()}
-    if not all(np.isfinite(each["rows"]).all() for each in tensors.values()):
-        raise Invalid("not_finite", "The Jacobian over the query set holds NaN or infinity.", param="query_set")
     return tensors, {"rows": len(directions), "examples": count, "quarantined": aside}
 
 
@@ -209,11 +225,8 @@ def _rows_of_jacobian(
     modules = loaded.linear_maps(work.layer)
     sides = eigenbasis.sides(storage, work.curvature, loaded.device, only=modules)
     prepared = prepare(loaded, work.reading, examples, trains=False, pooling=work.pooling)
-    count = len(prepared.tokens)
-    if not count:
-        raise Invalid("empty_query_set", "No example of the query set can be pooled.", param="query_set")
-    sums: dict[str, torch.Tensor] = {}
-    for _, batch in prepared.batches(loaded, work.reading, pooling=work.pooling, reduction=LossReduction.MEAN):
+
+    def of_batch(_members: list[int], batch: Batch) -> dict[str, Sequence[torch.Tensor]]:
         found = jacobian(
             loaded.model,
             loaded.blocks,
@@ -225,9 +238,13 @@ def _rows_of_jacobian(
             function=work.function,
             token_budget=work.reading.token_budget,
         )
-        for name, rows in found.items():
-            sums[name] = sums[name] + rows / count if name in sums else rows / count
-    return sums, count, len(prepared.aside)
+        return {name: (rows,) for name, rows in found.items()}
+
+    sums, used = prepared.finite(loaded, work.reading, of_batch, pooling=work.pooling, reduction=LossReduction.MEAN)
+    if not used:
+        raise Invalid("empty_query_set", "No example of the query set can be used.", param="query_set")
+    aside = len(examples) - len(used)
+    return {name: rows / len(used) for name, (rows,) in sums.items()}, len(used), aside
 
 
 @compute.register
@@ -293,7 +310,8 @@ def _basis(work: BasisWork, storage: Storage, _loaded: None, _examples: Sequence
     spectrum: dict[str, list[NDArray[np.float64]]] = {"square": [], "mean": []}
     for name, index in choice.items():
         kept = square[name].ravel()[index]
-        scale = 1 / np.sqrt(np.maximum(kept + work.damping * mean[name], np.finfo(np.float32).tiny))
+        damped = kept + work.damping * mean[name]
+        scale = np.divide(1, np.sqrt(damped), out=np.zeros_like(damped), where=damped > 0)
         tensors[name] = {"index": index.astype(np.int32), "scale": scale.astype(np.float32)}
         spectrum["square"].append(kept)
         spectrum["mean"].append(np.full(len(index), mean[name]))
@@ -317,11 +335,9 @@ def _head(work: HeadWork, storage: Storage, _loaded: None, _examples: Sequence[E
         if not len(index):
             continue
         damped = found[name].square.ravel()[index] + work.damping * found[name].mean
-        if not damped.all():
-            detail = f"{name} has λ = 0 and damping is 0: H cannot be inverted. Use a damping above 0."
-            raise Invalid("singular_curvature", detail, param="damping")
         rows = np.concatenate([block[:, index] for block in _blocks(storage, work.rows, name)])
-        weight = (work.sign * rows / damped).astype(np.float32)
+        # λ = 0 with damping 0: no gradient of the sample has been there, so the coordinate says nothing.
+        weight = np.divide(work.sign * rows, damped, out=np.zeros_like(rows), where=damped > 0).astype(np.float32)
         tensors[name] = {"index": index.astype(np.int32), "weight": weight}
     return tensors, {"coordinates": sum(len(index) for index in choice.values()), "of": sizes}
 
