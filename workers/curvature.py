@@ -168,7 +168,8 @@ def eigenvectors(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
 
     Each vector's largest entry is positive, so that the sign does not depend on the linear algebra library.
     """
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    symmetric = torch.from_numpy((covariance + covariance.T) / 2).double()
+    values, vectors = (found.numpy() for found in torch.linalg.eigh(symmetric))  # torch's threads, not numpy's
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     peaks = np.abs(vectors).argmax(axis=0)
     return vectors * np.sign(vectors[peaks, np.arange(vectors.shape[1])]), values
