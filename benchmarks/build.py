@@ -193,8 +193,8 @@ def main() -> None:
     options.add_argument(
         "--width", type=int, action="append", help="width of the random model; default 128 and 512"
     )
-    options.add_argument("--examples", type=int, default=48, help="examples per round")
-    options.add_argument("--factors", type=int, default=64, help="examples the curvature is fitted on")
+    options.add_argument("--examples", type=int, default=32, help="examples per round")
+    options.add_argument("--factors", type=int, default=32, help="examples the curvature is fitted on")
     options.add_argument("--length", type=int, default=128, help="mean tokens per example")
     options.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     options.add_argument("--threads", type=int, default=2, help="torch threads, ours and the peer's")

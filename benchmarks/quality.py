@@ -141,6 +141,17 @@ def compare(report: Report, name: str, judged: Any) -> None:
         report.add(f"lds_over_{short}_low_{name}", low, "lower end of the 90 % interval, paired bootstrap")
 
 
+def overall(report: Report, figure: str, names: Sequence[str]) -> None:
+    """Means over organisms, under the method's name alone."""
+    found: dict[str, list[float]] = {}
+    for key, value in list(report.figures.items()):
+        for name in names:
+            if key.startswith(f"{figure}_") and key.endswith(f"_{name}"):
+                found.setdefault(key.removesuffix(f"_{name}"), []).append(value)
+    for key, values in found.items():
+        report.add(key, float(np.mean(values)), f"mean of {len(values)} organisms")
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--organism", action="append", choices=NAMES, help="default: all")
@@ -185,6 +196,8 @@ def main() -> None:
     for name, some in cases.items():
         if some:
             judge(report, name, some, [scores[name, case.seed] for case in some])
+    for figure in ("bytes", "ood_auc"):
+        overall(report, figure, [name for name, some in cases.items() if some])
     full = next(
         (each.facts["rho_influence_full"] for each in scores.values() if "rho_influence_full" in each.facts), None
     )

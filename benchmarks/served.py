@@ -76,7 +76,7 @@ def second_concept(report: Report, *, quick: bool, threads: int) -> None:
                 kinds=["influence"],
                 query_sets=["queries"],
                 projection_dim=64,
-                curvature={"examples": 256},
+                curvature={"examples": 128},
             )
             client.wait(job.id)
             client.ask(index="x", concept="c0", method="concept_influence")
