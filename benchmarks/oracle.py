@@ -91,7 +91,8 @@ class Oracle:
         points = torch.from_numpy(uniforms(self._seed, example.id, len(tokens)))[:-1]
         steps = logits.detach().softmax(-1).cumsum(-1)
         labels = (steps <= points[:, None] * steps[:, -1:]).sum(-1).clamp(max=steps.shape[1] - 1)
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        wanted = torch.from_numpy(tokens.predicted[1:])  # the curvature's loss is on the targets
+        loss = functional.cross_entropy(logits[wanted], labels[wanted], reduction="sum")
         gradients = torch.autograd.grad(loss, outputs)
         return [(a, g[0]) for a, g in zip(inputs, gradients, strict=True)]
 
