@@ -42,7 +42,7 @@ from workers.models import Loaded, load
 
 _VOCABULARY = 2048
 _BLOCKS = 8
-_QUERIES = 4
+_QUERIES = 2
 
 
 def random_model(folder: Path, *, width: int, blocks: int = _BLOCKS) -> None:
@@ -199,6 +199,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     options.add_argument("--threads", type=int, default=2, help="torch threads, ours and the peer's")
     options.add_argument("--token-budget", type=int, default=2048, help="padded tokens per batch")
+    options.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="default: both")
     options.add_argument("--no-served", action="store_true", help="leave out what needs the whole stack")
     chosen = options.parse_args()
     widths = chosen.width or [128, 512]
@@ -207,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     report = Report()
     for width in widths:
-        for dtype in ("float32",) if chosen.quick else ("float32", "bfloat16"):
+        for dtype in chosen.dtype or (["float32"] if chosen.quick else ["float32", "bfloat16"]):
             with TemporaryDirectory() as folder, ExitStack() as stack:
                 bench = Bench(chosen, Path(folder), width, dtype, stack)
                 times = bench.times(chosen.rounds)

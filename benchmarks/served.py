@@ -44,7 +44,7 @@ def second_concept(report: Report, *, quick: bool, threads: int) -> None:
         home = Path(name)
         random_model(home / "model", width=width, blocks=blocks)
         write(home / "train.jsonl", random_examples(count, length))
-        write(home / "queries.jsonl", random_examples(4, length, seed=2))
+        write(home / "queries.jsonl", random_examples(2, length, seed=2))
         for number in range(_CONCEPTS):
             for side in ("positive", "negative"):
                 seed = 100 + 2 * number + (side == "positive")
