@@ -127,7 +127,10 @@ class Fidelity:
     examples: int
     held_out: bool
     against: str  # what the wider coordinates were
-    query_set: str | None = None  # that the concept queries were about
+    query_set: str | None = None  # that the concept queries were about, and how they were asked:
+    layer: int | None = None
+    function: ConceptFunction | None = None
+    damping: float | None = None
 
 
 @dataclass(frozen=True)

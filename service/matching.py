@@ -114,7 +114,7 @@ def _embedding(index: IndexRecord, asked: Asked) -> ArrayInfo | None:
 def _only(index: IndexRecord, found: list[ArrayInfo], asked: Asked) -> ArrayInfo:
     """One of embeddings that differ in query set or damping only: the default damping, the newest sum."""
     sets = {array.embedding.query_set: None for array in found if array.embedding}
-    if len(sets) > 1:
+    if len({array.embedding.query_set_fingerprint for array in found if array.embedding}) > 1:
         raise Invalid(
             "query_set_needed",
             f"Index {index.id} has embeddings for several query sets: {', '.join(sets)}. Name one in 'query_set'.",

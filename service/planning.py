@@ -170,7 +170,15 @@ def _influence(
         if concept.lineage != model.lineage or concept.width != model.width:
             detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
             raise Invalid("concept_of_other_lineage", detail, param="directions")
+        if concept.layer not in layers:
+            detail = (
+                f"Concept {name!r} lies at layer {concept.layer}, which is not among the layers {list(layers)}."
+            )
+            raise Invalid("layer_not_indexed", detail, param="directions")
     rank = request.rank or (len(request.directions) or None)
+    if rank is not None and rank < len(request.directions):
+        detail = f"{len(request.directions)} directions do not fit into rank {rank}."
+        raise Invalid("rank_too_small", detail, param="rank")
     return InfluencePlan(
         query_sets=_query_sets(request.query_sets, registry),
         layers=layers,

@@ -96,7 +96,7 @@ class QueryService:
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
         hits, search_ms = self._search(rows, found.u, query, index)
-        fidelity = _fidelity(index, found, loss=asked.concept is None)
+        fidelity = _fidelity(index, asked, found)
         return Answer(
             hits=hits,
             index=index,
@@ -155,11 +155,17 @@ def _check_used(query: Query) -> None:
         raise Invalid("bad_through", detail, param="through")
 
 
-def _fidelity(index: IndexRecord, found: Matched, *, loss: bool) -> Fidelity | None:
-    """What the build measured of the array that answers."""
-    about = "loss" if loss else "concept"
-    of_array = [each for each in index.fidelity if (each.array, each.query) == (found.array, about)]
-    return next((each for each in of_array if loss or each.query_set == found.query_set), None)
+def _fidelity(index: IndexRecord, asked: Asked, found: Matched) -> Fidelity | None:
+    """What the build measured of the array that answers, for this very question; None: it was not asked then."""
+    if asked.concept is None:
+        wanted = ("loss", None, None, None, found.damping)
+    else:
+        wanted = ("concept", found.query_set, asked.concept.layer, asked.function, found.damping)
+    for each in index.fidelity:
+        told = (each.query, each.query_set, each.layer, each.function, each.damping)
+        if each.array == found.array and told == wanted:
+            return each
+    return None
 
 
 def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> tuple[str, ...]:

@@ -134,6 +134,7 @@ class IndexManifest:
     quarantine_reasons: Mapping[str, int]
     jacobians: tuple[CachedJacobian, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
+    p: int | None = None  # eigenvectors per side that were kept; None: all
     format: int = FORMAT
 
     @property

@@ -29,7 +29,7 @@ class Worker:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self._storage = Storage(storage_root)
-        self._loaded: tuple[tuple[Location, str, str], Loaded] | None = None
+        self._loaded: tuple[tuple[Location, str, str, str], Loaded] | None = None
         self._readout: tuple[PassSpec, readout.Readout] | None = None
         self._table: tuple[str, pa.Table] | None = None
 
@@ -79,7 +79,7 @@ class Worker:
 
     def _model(self, task: Task, reading: Reading) -> Loaded:
         assert task.location is not None  # noqa: S101
-        key = (task.location, reading.model_fingerprint, reading.dtype)
+        key = (task.location, reading.model_fingerprint, reading.tokenizer_fingerprint, reading.dtype)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = self._readout = None  # free the old model before the new one needs the memory
             loaded = load(task.location.model_path, reading.dtype, tokenizer_path=task.location.tokenizer_path)

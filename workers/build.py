@@ -256,6 +256,7 @@ class Build:
             spec=work,
             points=spec.points if spec.influence is not None else spec.points[-1:],
             curvature=spec.curvature if end.curvature is not None else None,
+            p=spec.p if end.curvature is not None else None,
             sections=sections,
             counts=counts,
             quarantine_reasons=reasons,

@@ -54,7 +54,6 @@ def extend(
             directions=None,
             count=model.width,
         )
-        jacobians[question] = rows
         (gathered,) = stages.artifacts("Jacobian of the index", [GatherWork(projection.basis, rows)])
         known.append(cached(question, spec.influence, gathered.key, None))
         for damping in spec.influence.dampings:
@@ -62,6 +61,7 @@ def extend(
             if info in source.arrays:
                 continue
             arrays.append(info)
+            jacobians[question] = rows
             works.append([ReadOffSpec(ref.key, projection.basis, gathered.key, info) for ref in own.shards])
     if not arrays:
         detail = f"Index {spec.source} has all of these embeddings already. Nothing was published."

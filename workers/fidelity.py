@@ -117,22 +117,27 @@ def measure(
     if len(on.rows) < 2:  # nothing to rank
         return ()
     p = made[-1].wide.p
-    against = "all kept coordinates" if p is None else f"{2 * p} eigenvectors per side"
+    against = "all coordinates of the kept eigenvectors" if p is None else f"{2 * p} eigenvectors per side"
     found: list[Fidelity] = []
 
-    def add(array: ArrayInfo, query: str, ours: F32, theirs: F32, query_set: str | None = None) -> None:
+    def add(array: ArrayInfo, asked: ArrayInfo | None, ours: F32, theirs: F32) -> None:
+        """``asked``: the embedding whose question it was; None: loss queries."""
         rho = spearman(ours, theirs)
+        about = asked.embedding if asked else None
         found.append(
             Fidelity(
                 array,
-                query,
+                "concept" if about else "loss",
                 float(rho.mean()),
                 float(rho.min()),
                 len(rho),
                 len(ours),
                 on.held_out,
                 against,
-                query_set,
+                query_set=about.query_set if about else None,
+                layer=asked.layer if asked else None,
+                function=about.function if about else None,
+                damping=about.damping if about else basis.STORED_DAMPING,
             )
         )
 
@@ -152,24 +157,23 @@ def measure(
         assert array.layer is not None  # noqa: S101
         v = directions[array.layer].rows
         v = v @ r[array.layer].rows.T if array.layer in r else v
-        about = array.embedding.query_set if array.embedding else None
-        add(array, "concept", on.stored(array, on.ids) @ v.T, references[array], about)
+        add(array, array, on.stored(array, on.ids) @ v.T, references[array])
     gradient = manifest.spec.gradient
     if gradient is not None and isinstance(gradient.projection, Eigen):
         array = next(array for array in manifest.arrays if array.kind == IndexKind.GRADIENT)
         key, stored = gradient.projection.basis, on.stored(array, on.ids)
         for known in manifest.jacobians:
-            other = next((each for each in influences if _asks_the_same(each, known)), None)
-            if other is None or other.embedding is None:
-                continue
             J = artifacts.read(stages.storage, artifacts.get(stages.storage, known.artifact), "jacobian")["rows"]
-            v = directions[known.layer].rows
-            v = v @ r[known.layer].rows.T if known.layer in r else v
-            u = -basis.damped(stages.storage, key, v @ J, other.embedding.damping)
-            add(array, "concept", stored @ u.T, end[other], other.embedding.query_set)
+            for other in influences:
+                if not _asks_the_same(other, known) or other.embedding is None:
+                    continue
+                v = directions[known.layer].rows
+                v = v @ r[known.layer].rows.T if known.layer in r else v
+                u = -basis.damped(stages.storage, key, v @ J, other.embedding.damping)
+                add(array, other, stored @ u.T, end[other])
         theirs = _loss_reference(stages, made[-1], on, dataset, gradient, size=size)
         u = basis.damped(stages.storage, key, on.stored(array, on.query_ids), basis.STORED_DAMPING)
-        add(array, "loss", stored @ u.T, theirs)
+        add(array, None, stored @ u.T, theirs)
     stages.prefix = ""
     return tuple(found)
 

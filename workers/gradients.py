@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from service.errors import Invalid
 from service.terms import ConceptFunction
 from workers.activations import block_outputs, pool, run_until
 from workers.batches import Batch
@@ -56,6 +57,9 @@ def taps(modules: Mapping[str, nn.Module], *, forward: Forward, backward: Backwa
         def hook(_module: nn.Module, inputs: Any, output: Tensor) -> None:
             if not torch.is_grad_enabled():
                 return
+            if inputs[0].ndim != 3:
+                detail = f"{name} gets inputs of shape {tuple(inputs[0].shape)}; (batch, tokens, width) is needed."
+                raise Invalid("unsupported_module", detail, param="model")
             kept = forward(name, inputs[0].detach())
             if output.requires_grad:
                 output.register_hook(lambda gradient: backward(name, kept, gradient))

@@ -75,8 +75,8 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 
 def load(path: str, dtype: str, *, tokenizer_path: str | None = None) -> Loaded:
-    """Load from a local folder onto the GPU if this process has one; checkpoints of a run may have no tokenizer
-    of their own. Raises Invalid with the reason.
+    """Load from a local folder onto the GPU if this process has one; ``tokenizer_path``: where the tokenizer of a
+    whole run lies. Raises Invalid with the reason.
     """
     texts = tokenizer_path or path
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

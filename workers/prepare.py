@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from service.contracts import Example, Quarantined
+from service.errors import Invalid
 from service.terms import LossReduction, Pooling
 from service.work import Reading
 from workers.batches import Batch, collate, plan
@@ -76,11 +77,20 @@ def prepare(
 ) -> Prepared:
     """``trains``: an example without a token to predict is set aside; ``pooling``: one without a token to pool."""
     found = Prepared({}, {})
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])  # pyright: ignore
     for position, example in enumerate(examples):
         ready = _one(loaded, reading, example, trains, pooling)
         if isinstance(ready, Quarantined):
             found.aside[position] = ready
         else:
+            if ready.ids.max(initial=0) >= vocabulary:
+                raise Invalid(
+                    "vocabulary_too_small",
+                    f"The tokenizer gives token {ready.ids.max()}, but the model of fingerprint "
+                    f"{reading.model_fingerprint[:12]} knows {vocabulary}: a base or checkpoint from before the "
+                    "vocabulary grew. Build with checkpoints 'end', or declare others.",
+                    param="checkpoints",
+                )
             found.tokens[position] = ready
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from service import artifacts, codec, datasets, shards
 from service.contracts import DatasetRecord, JobContext
+from service.errors import Invalid
 from service.rows import F32
 from service.storage import Storage
 from service.terms import ConceptFunction, Pooling
@@ -119,8 +120,13 @@ class Stages:
         covariances = self.artifacts(
             "curvature: covariances", [work] * len(parts), location=location, sources=parts
         )
-        names = artifacts.stems(covariances[0])
-        keys = tuple(part.key for part in covariances)
+        used = [(part, source) for part, source in zip(covariances, parts, strict=True) if part.facts["examples"]]
+        if not used:
+            detail = f"No example of the curvature's sample of {dataset.id!r} has a token to predict."
+            raise Invalid("empty_sample", detail, param="dataset")
+        names = artifacts.stems(used[0][0])
+        keys = tuple(part.key for part, _ in used)
+        parts = [source for _, source in used]
         eigen = self.artifacts(
             "curvature: eigenvectors", [EigenWork(keys, name, spec.p) for name in names], unit="modules"
         )
@@ -131,7 +137,7 @@ class Stages:
             location=location,
             sources=parts,
         )
-        keys = tuple(part.key for part in moments)
+        keys = tuple(part.key for part in moments if part.facts["examples"])
         squares = self.artifacts(
             "curvature: λ", [LambdaWork(keys, name, basis) for name, basis in bases], unit="modules"
         )
@@ -180,7 +186,7 @@ class Stages:
         return tuple(artifact.key for artifact in found)
 
     def store(self, key: list[Any], stem: str, tensors: Mapping[str, Any]) -> str:
-        """A small artifact that the dispatcher makes itself."""
+        """A small artifact that the dispatcher makes itself; one that is there already stays as it is."""
         name = codec.digest([FORMAT, *key])
         if artifacts.find(self.storage, name) is None:
             artifacts.publish(self.storage, name, {stem: tensors})

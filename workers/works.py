@@ -268,21 +268,28 @@ def _loss_rows(work: LossRowsWork, storage: Storage, loaded: Loaded, examples: S
     sides = eigenbasis.sides(storage, work.curvature, loaded.device)
     modules = dict(loaded.model.named_modules())
     prepared = prepare(loaded, work.reading, examples, trains=True, pooling=None)
-    count = len(prepared.tokens)
-    if not count:
-        raise Invalid("empty_query_set", "No example of the query set has a token to predict.", param="query_set")
     order = {position: row for row, position in enumerate(sorted(prepared.tokens))}
     k = sum(side.size for side in sides.values())
-    table = torch.zeros(1 if work.mean else count, k, device=loaded.device)
-    for members, batch in prepared.batches(loaded, work.reading, pooling=None, reduction=work.loss_reduction):
+    table = torch.zeros(1 if work.mean else len(order), k, device=loaded.device)
+
+    def of_batch(members: list[int], batch: Batch) -> dict[str, Sequence[torch.Tensor]]:
         found, _ = loss_coordinates(loaded.model, modules, sides, batch)
-        if work.mean:
-            table[0] += found.sum(0) / count
-        else:
+        if not work.mean:
             table[[order[position] for position in members]] = found
+        return {"sum": (found.sum(0),)}
+
+    sums, used = prepared.finite(loaded, work.reading, of_batch, pooling=None, reduction=work.loss_reduction)
+    count = len(used)
+    if work.mean and count:
+        table[0] = sums["sum"][0] / count
+    if not work.mean:
+        table = table[sorted(order[position] for position in used)]
+        if not count:
+            detail = "No example of the query set has a token to predict."
+            raise Invalid("empty_query_set", detail, param="query_set")
     parts = table.split([side.size for side in sides.values()], dim=1)
     tensors = {name: {"rows": part.cpu().numpy()} for name, part in zip(sides, parts, strict=True)}
-    return tensors, {"rows": len(table), "examples": count, "quarantined": len(prepared.aside)}
+    return tensors, {"rows": len(table), "examples": count, "quarantined": len(examples) - count}
 
 
 @compute.register
