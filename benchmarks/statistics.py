@@ -60,12 +60,19 @@ def resampled(methods: Sequence[Sequence[Judged]]) -> F64:
     found = np.zeros((len(methods), _DRAWS))
     for number in range(len(methods[0])):
         count = len(methods[0][number].actual)
-        for draw in range(_DRAWS):
-            chosen = generator.integers(0, count, count)
-            for row, cases in enumerate(methods):
-                case = cases[number]
-                found[row, draw] += correlation(case.predicted[chosen], case.actual[chosen])
+        chosen = generator.integers(0, count, (_DRAWS, count))
+        for row, cases in enumerate(methods):
+            x, y = (_standardised(values[chosen]) for values in (cases[number].predicted, cases[number].actual))
+            found[row] += (x * y).sum(axis=1)
     return found / len(methods[0])
+
+
+def _standardised(values: F64) -> F64:
+    """Ranks within each row, centred and of unit length; zero where a row does not vary."""
+    ranks = rankdata(values, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(ranks, axis=1, keepdims=True)
+    return np.divide(ranks, norm, out=np.zeros_like(ranks), where=norm > 0)
 
 
 @dataclass(frozen=True)
