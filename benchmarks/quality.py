@@ -50,8 +50,11 @@ _FACTS = (
     "rho_influence_trunc",
     "rho_gradient_concept",
     "rho_gradient_loss",
+    "rho_gradient_blind_concept",
+    "rho_gradient_blind_loss",
     "rho_random_concept",
     "rho_random_loss",
+    "fidelity_trunc",
 )
 _OOD = ("influence_trajectory", "influence", "gradient", "influence_function", "vector_filter", "exact", "bm25")
 
