@@ -25,6 +25,7 @@ class Report:
 
     began: float = field(default_factory=time.perf_counter)
     figures: dict[str, float] = field(default_factory=dict)
+    commit: str = field(default_factory=lambda: commit())  # at the start: the tree may move on meanwhile
 
     def add(self, name: str, value: float, note: str = "") -> None:
         self.figures[name] = value
@@ -37,7 +38,7 @@ class Report:
         content = {
             "figures": self.figures,
             "machine": machine(),
-            "commit": commit(),
+            "commit": self.commit,
             "command": " ".join(["python", *(_module_form(sys.argv))]),
             "seconds": round(time.perf_counter() - self.began, 2),
         }
