@@ -25,7 +25,10 @@ class Report:
 
     began: float = field(default_factory=time.perf_counter)
     figures: dict[str, float] = field(default_factory=dict)
-    commit: str = field(default_factory=lambda: commit())  # at the start: the tree may move on meanwhile
+    tree: str = ""  # the commit at the start: the working tree may move on meanwhile
+
+    def __post_init__(self) -> None:
+        self.tree = self.tree or commit()
 
     def add(self, name: str, value: float, note: str = "") -> None:
         self.figures[name] = value
@@ -38,7 +41,7 @@ class Report:
         content = {
             "figures": self.figures,
             "machine": machine(),
-            "commit": self.commit,
+            "commit": self.tree,
             "command": " ".join(["python", *(_module_form(sys.argv))]),
             "seconds": round(time.perf_counter() - self.began, 2),
         }
