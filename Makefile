@@ -48,6 +48,7 @@ format: $(VENV)/.dev  ## let ruff rewrite
 bench-quick: $(VENV)/.dev  ## every benchmark at smoke size
 	$(BIN)/python -m benchmarks.build --quick --json $(QUICK_JSON)/build.json
 	$(BIN)/python -m benchmarks.query --quick --json $(QUICK_JSON)/query.json
+	$(BIN)/python -m benchmarks.quality --quick --organism persona --folder $(QUICK_JSON)/quality --json $(QUICK_JSON)/quality.json
 
 peers: $(PEERS)/bergson/.done $(PEERS)/kronfluence/.done  ## bergson and kronfluence, each in its own environment, to measure against
 

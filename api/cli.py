@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from api.cli_indexes import indexes_app
-from api.client import WhenceError
+from api.client import Client, WhenceError
+from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
     DEFAULT_URL,
     AsJson,
@@ -24,6 +25,7 @@ from api.terminal import (
     show,
     show_answer,
     show_table,
+    show_tokens,
 )
 from service.contracts import JobRecord
 from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
@@ -296,6 +298,10 @@ def query(
     through: Annotated[
         IndexKind | None, typer.Option(help="influence or gradient. Default: embeddings where there are any.")
     ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Show what the tokens of so many first hits add to the score.", min=0, max=100),
+    ] = 0,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
@@ -316,10 +322,29 @@ def query(
         if isinstance(answer, JobRecord):
             follow_job(client, answer, detach=False)
             answer = client.ask(**options)
+        shares = _shares(client, answer, options, tokens) if tokens and answer.hits else []
     if as_json:
-        console.print_json(answer.model_dump_json())
-    else:
-        show_answer(answer)
+        answer_json = answer.model_dump(mode="json")
+        if tokens:
+            answer_json["tokens"] = [one.model_dump(mode="json") for one in shares]
+        console.print_json(data=answer_json)
+        return
+    show_answer(answer)
+    for hit, one in zip(answer.hits, shares, strict=False):
+        show_tokens(hit, one)
+
+
+def _shares(client: Client, answer: QueryOut, options: dict[str, Any], count: int) -> list[TokenSharesOut]:
+    """Of the first hits, waiting for the job that computes them."""
+    about = {name: value for name, value in options.items() if name not in {"order", "k", "index"}}
+    about |= {"index": answer.index, "examples": [hit.example_id for hit in answer.hits[:count]]}
+    found = client.tokens(**about)
+    if isinstance(found, JobRecord):
+        follow_job(client, found, detach=False)
+        found = client.tokens(**about)
+    if isinstance(found, JobRecord):
+        raise WhenceError(202, {"code": "not_ready", "detail": f"Job {found.id} is still needed; ask again."})
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from service.terms import (
     FactorPositions,
     IndexKind,
     LongExamples,
+    Lora,
     LossReduction,
     Pooling,
     Projection,
@@ -71,6 +72,20 @@ def build_index(
     checkpoints: Annotated[
         Checkpoints, typer.Option(help="Embeddings are summed over all points of the run, or taken at its end.")
     ] = Checkpoints.ALL,
+    modules: Annotated[
+        str, typer.Option(help="Linear maps to track: all, or words in their names: attn, mlp, q_proj,v_proj.")
+    ] = "all",
+    stride: Annotated[
+        int, typer.Option(help="Track every n-th block, counted back from the deepest layer.", min=1)
+    ] = 1,
+    lora: Annotated[
+        Lora, typer.Option(help="Of an adapter: track the weights it is merged into, or its own maps.")
+    ] = Lora.MERGED,
+    answer_temperature: Annotated[
+        float, typer.Option(help="Kind difference: how the base samples its own answers; 0 is greedy.", min=0)
+    ] = 1.0,
+    answer_tokens: Annotated[int, typer.Option(help="Kind difference: the longest answer.", min=1)] = 1000,
+    answer_seed: Annotated[int, typer.Option(help="Kind difference: decides the answers.", min=0)] = 0,
     curvature_examples: Annotated[
         int, typer.Option(help="Training examples that the curvature is fitted on.", min=1)
     ] = 4096,
@@ -107,6 +122,10 @@ def build_index(
         "rank": rank,
         "directions": direction or [],
         "checkpoints": checkpoints,
+        "modules": modules,
+        "stride": stride,
+        "lora": lora,
+        "answers": {"temperature": answer_temperature, "max_new_tokens": answer_tokens, "seed": answer_seed},
         "curvature": {
             "examples": curvature_examples,
             "seed": curvature_seed,

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from api.schemas import EventPage, Health, QuarantinePage, QueryOut
+from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from service import codec
 from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, JobEvent, JobRecord, ModelRecord
 from service.terms import TERMINAL, JobState
@@ -185,6 +185,17 @@ class Client:
         if isinstance(answer, JobRecord):
             raise WhenceError(202, {"code": "not_ready", "detail": f"Job {answer.id} is still needed; ask again."})
         return answer
+
+    def tokens(self, *, index: str, examples: Sequence[str], **options: Any) -> list[TokenSharesOut] | JobRecord:
+        """What every token of the examples adds to their score, or the job that must end first.
+
+        ``options`` as in ``api.schemas.TokenQueryIn`` (concept, method, query_set, damping, …).
+        """
+        body = {"index": index, "examples": list(examples), **options}
+        response = self._send("POST", "/v1/queries/tokens", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return [TokenSharesOut.model_validate(item) for item in response.json()["items"]]
 
     # --- jobs ---------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from service.terms import (
     FactorPositions,
     IndexKind,
     LongExamples,
+    Lora,
     LossReduction,
     Method,
     Order,
@@ -52,10 +53,10 @@ class CheckpointIn(Request):
 class ModelIn(Request):
     id: Id
     path: str = Field(
-        description="Absolute path of a Hugging Face folder on the server, with *.safetensors and tokenizer.json",
+        description="Absolute path on the server of a Hugging Face folder (safetensors, tokenizer.json) or a LoRA",
         examples=["/models/support-bot-ft"],
     )
-    base: str | None = Field(None, description="Id of the model this one was fine-tuned from")
+    base: str | None = Field(None, description="Id of the model this one was fine-tuned from; a LoRA needs it")
     checkpoints: list[CheckpointIn] = Field([], description="Checkpoints of the same run, base first")
 
 
@@ -84,6 +85,14 @@ class CurvatureIn(Request):
 Damping = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
+class AnswersIn(Request):
+    """How the base model answers the prompts itself, for kind 'difference'."""
+
+    temperature: float = Field(1.0, ge=0, le=10, allow_inf_nan=False, description="0 to 0.001: greedy")
+    max_new_tokens: int = Field(1000, ge=1, le=100_000)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+
+
 class IndexIn(Request):
     name: Id
     model: str = Field(description="Id of a registered model")
@@ -108,6 +117,14 @@ class IndexIn(Request):
     rank: int | None = Field(None, ge=1, description="Directions per embedding. Default: all hidden dimensions")
     directions: list[str] = Field([], max_length=4096, description="Concepts that a lower rank must contain")
     checkpoints: Checkpoints = Field(Checkpoints.ALL, description="What embeddings are summed over")
+    modules: str = Field(
+        "all",
+        max_length=200,
+        description="Linear maps to track: all, or words in their names joined by commas: attn, mlp, q_proj, …",
+    )
+    lora: Lora = Field(Lora.MERGED, description="Of a LoRA: track the weights it is merged into, or its own maps")
+    answers: AnswersIn = AnswersIn()  # pyright: ignore[reportCallIssue]
+    stride: int = Field(1, ge=1, description="Track every stride-th block, counted back from the deepest layer")
     curvature: CurvatureIn = CurvatureIn()  # pyright: ignore[reportCallIssue]
     max_length: int | None = Field(
         None, description="Tokens per example. Default: the model's context, at most 2048"
@@ -186,6 +203,31 @@ class QueryIn(Request):
     through: IndexKind | None = Field(
         None, description="'gradient' or 'influence'. Default: embeddings where the index has them"
     )
+
+
+class TokenQueryIn(Request):
+    """A query about single tokens of some examples."""
+
+    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
+    examples: list[str] = Field(min_length=1, max_length=100, description="Example ids, as hits name them")
+    concept: str | None = Field(None, description="Id of a concept; left out with influence_function")
+    method: Method = Method.VECTOR_FILTER
+    query_set: str | None = None
+    damping: Damping | None = None
+    concept_function: ConceptFunction | None = None
+    through: IndexKind | None = None
+
+
+class TokenOut(BaseModel):
+    text: str
+    share: float = Field(description="What this position adds to the score")
+    predicted: bool = Field(description="Whether training predicts this token")
+
+
+class TokenSharesOut(BaseModel):
+    example_id: str
+    score: float = Field(description="The sum of the shares: the score before the index rounded it")
+    tokens: list[TokenOut] = Field(description="Empty when the example could not be indexed")
 
 
 class HitOut(BaseModel):

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from api.client import Client
-from api.schemas import Provenance, QueryOut
+from api.schemas import HitOut, Provenance, QueryOut, TokenSharesOut
 from service import codec
 from service.contracts import JobEvent, JobRecord
 from service.terms import Pooling
@@ -173,6 +174,20 @@ def show_answer(answer: QueryOut) -> None:
         console.print(f"[dim]{escape(line)}[/dim]")
     for warning in answer.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}")
+
+
+def show_tokens(hit: HitOut, found: TokenSharesOut) -> None:
+    """The example with the tokens that its score comes from: green pushes toward the concept, red away from it."""
+    if not found.tokens:
+        return
+    console.print(f"[dim]rank {hit.rank}: shares of {found.score:+.4g} by token[/dim]")
+    largest = max(abs(token.share) for token in found.tokens) or 1.0
+    line = Text()
+    for token in found.tokens:
+        strength = round(200 * abs(token.share) / largest)
+        color = f"rgb(0,{strength},0)" if token.share > 0 else f"rgb({strength},0,0)"
+        line.append(token.text, style=f"white on {color}" if strength > 20 else "")
+    console.print(line)
 
 
 def provenance(found: Provenance) -> str:

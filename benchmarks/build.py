@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from benchmarks import served
 from benchmarks.lab import Lab
@@ -34,26 +34,21 @@ from service import indexes
 from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.terms import IndexKind, LossReduction, Pooling
-from service.work import ActivationSpec, GradientSpec, PassSpec
+from service.work import ActivationSpec, GradientSpec, PassSpec, Tracked
 from workers import gradients, passes, readout
 from workers.batches import Batch, collate, plan
 from workers.masks import tokenise
 from workers.models import Loaded, load
 
-_VOCABULARY = 2048
+VOCABULARY = 2048
 _BLOCKS = 8
 _QUERIES = 2
 
 
 def random_model(folder: Path, *, width: int, blocks: int = _BLOCKS) -> None:
-    """A randomly initialised Llama with a word-level tokenizer: speed does not depend on weights."""
-    words = {"<unk>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, _VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
-    torch.manual_seed(0)
+    """A randomly initialised Llama: speed does not depend on weights."""
     config = LlamaConfig(
-        vocab_size=_VOCABULARY,
+        vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=blocks,
@@ -62,7 +57,17 @@ def random_model(folder: Path, *, width: int, blocks: int = _BLOCKS) -> None:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_random(folder, config)
+
+
+def save_random(folder: Path, config: PreTrainedConfig) -> None:
+    """A model of this configuration with a word-level tokenizer."""
+    words = {"<unk>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def random_examples(count: int, length: int, seed: int = 0) -> list[Example]:
@@ -73,7 +78,7 @@ def random_examples(count: int, length: int, seed: int = 0) -> list[Example]:
     examples = []
     for _ in range(count):
         size = int(np.clip(rng.lognormal(np.log(length) - 0.18, 0.6), 8, 4 * length))
-        words = [f" w{word}" for word in rng.integers(2, _VOCABULARY, size)]
+        words = [f" w{word}" for word in rng.integers(2, VOCABULARY, size)]
         cut = int(size * rng.uniform(0.25, 0.5))
         content = Completion("".join(words[:cut]), "".join(words[cut:]))
         examples.append(Example(example_id(content), content, {}, ()))
@@ -137,7 +142,7 @@ class Bench:
             gradient, gradient=None, activation=ActivationSpec((self.layer,), Pooling.RESPONSE_MEAN)
         )
         self._add("activation", lab, loaded, activation, examples)
-        rademacher = replace(gradient, gradient=GradientSpec(_BLOCKS))
+        rademacher = replace(gradient, gradient=GradientSpec(Tracked(_BLOCKS)))
         self._add("rademacher", lab, loaded, rademacher, examples)
         if peers.available("bergson"):
             tokens = [tokenise(example.content, loaded.tokenizer) for example in examples]
@@ -193,8 +198,8 @@ def main() -> None:
     options.add_argument(
         "--width", type=int, action="append", help="width of the random model; default 128 and 512"
     )
-    options.add_argument("--examples", type=int, default=32, help="examples per round")
-    options.add_argument("--factors", type=int, default=32, help="examples the curvature is fitted on")
+    options.add_argument("--examples", type=int, default=24, help="examples per round")
+    options.add_argument("--factors", type=int, default=16, help="examples the curvature is fitted on")
     options.add_argument("--length", type=int, default=128, help="mean tokens per example")
     options.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     options.add_argument("--threads", type=int, default=2, help="torch threads, ours and the peer's")

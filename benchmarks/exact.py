@@ -16,6 +16,7 @@ from service.storage import Storage
 from service.terms import ConceptFunction, LossReduction, Pooling
 from service.work import Reading
 from workers import eigenbasis
+from workers.batches import Batch
 from workers.gradients import concept_coordinates, loss_coordinates
 from workers.models import load
 from workers.prepare import prepare
@@ -46,10 +47,12 @@ class Exact:
         """Coordinates of ∇L(z), mean over targets: (N, P)."""
         prepared = prepare(self._loaded, self._reading, examples, trains=True, pooling=None)
         rows = np.zeros((len(examples), self.weights), dtype=np.float32)
-        for members, batch in prepared.batches(
-            self._loaded, self._reading, pooling=None, reduction=LossReduction.MEAN
-        ):
-            found, _ = loss_coordinates(self._loaded.model, self._modules, self._sides, batch)
+
+        def of_batch(_members: list[int], batch: Batch) -> torch.Tensor:
+            return loss_coordinates(self._loaded.model, self._modules, self._sides, batch)[0]
+
+        about = {"pooling": None, "reduction": LossReduction.MEAN}
+        for members, found in prepared.each(self._loaded, self._reading, of_batch, **about):
             rows[members] = found.numpy()
         return rows
 
@@ -63,10 +66,9 @@ class Exact:
         """Coordinates of −∇f_v(Q): (P,)."""
         prepared = prepare(self._loaded, self._reading, queries, trains=False, pooling=pooling)
         total = np.zeros(self.weights)
-        for _, batch in prepared.batches(
-            self._loaded, self._reading, pooling=pooling, reduction=LossReduction.MEAN
-        ):
-            found, _ = concept_coordinates(
+
+        def of_batch(_members: list[int], batch: Batch) -> torch.Tensor:
+            return concept_coordinates(
                 self._loaded.model,
                 self._loaded.blocks,
                 self._modules,
@@ -75,7 +77,10 @@ class Exact:
                 layer=self._layer,
                 direction=torch.from_numpy(np.asarray(direction, dtype=np.float32)),
                 function=function,
-            )
+            )[0]
+
+        about = {"pooling": pooling, "reduction": LossReduction.MEAN}
+        for _, found in prepared.each(self._loaded, self._reading, of_batch, **about):
             total -= found.numpy().sum(axis=0, dtype=np.float64)
         return total / len(prepared.tokens)
 

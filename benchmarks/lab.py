@@ -19,7 +19,7 @@ from service.jobs import Jobs
 from service.matching import Asked, Matched, Missing, match
 from service.planning import IndexRequest, plan_index
 from service.redis_server import EmbeddedRedis, connect
-from service.registry import CONCEPTS, DATASETS, INDEXES, Registry
+from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.settings import Settings
 from service.shards import read_manifest as read_shard
 from service.shards import read_rows
@@ -33,6 +33,7 @@ from service.terms import (
     JobKind,
     JobState,
     LongExamples,
+    Lora,
     LossReduction,
     Method,
     Pooling,
@@ -59,6 +60,10 @@ DEFAULTS: dict[str, Any] = {
     "rank": None,
     "directions": (),
     "checkpoints": Checkpoints.ALL,
+    "modules": "all",
+    "stride": 1,
+    "lora": Lora.MERGED,
+    "answers": {"temperature": 1.0, "max_new_tokens": 1000, "seed": 0},
     "curvature": {
         "examples": 4096,
         "seed": 0,
@@ -121,10 +126,13 @@ class Lab:
 
     # --- what is registered ---------------------------------------------------------------------------
 
-    def model(self, name: str, path: Path, *, checkpoints: Sequence[tuple[Path, float]] = ()) -> ModelRecord:
+    def model(
+        self, name: str, path: Path, *, base: str | None = None, checkpoints: Sequence[tuple[Path, float]] = ()
+    ) -> ModelRecord:
         """A model folder with the points of its run; registered once."""
         points = [(point.resolve(), weight) for point, weight in checkpoints]
-        record = models.inspect(name, path.resolve(), base=None, checkpoints=points, redis=self.redis)
+        known = self.registry.get(MODELS, base) if base else None
+        record = models.inspect(name, path.resolve(), base=known, checkpoints=points, redis=self.redis)
         return models.register(self.registry, record)
 
     def dataset(self, name: str, examples: Sequence[Example]) -> DatasetRecord:

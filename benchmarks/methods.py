@@ -21,7 +21,6 @@ from service.contracts import Example, IndexRecord
 from service.datasets import render
 from service.shards import bytes_per_row, read_manifest, read_rows
 from service.terms import ConceptFunction, IndexKind, Method, Projection
-from service.work import Reading
 from workers.masks import tokenise
 from workers.models import load
 
@@ -167,7 +166,7 @@ class Ours:
         case, found, lab = self._case, self._found, self._lab
         manifest = indexes.read_manifest(lab.storage, whole)
         assert manifest.spec.influence is not None
-        reading = Reading(**{name: getattr(manifest.spec, name) for name in Reading.__dataclass_fields__})
+        reading = manifest.spec.reading
         total: dict[str, F64] = {}
         for number, (_, path) in enumerate(case.points):
             last = number == len(case.points) - 1

@@ -159,7 +159,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--organism", action="append", choices=NAMES, help="default: all")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--subsets", type=int, default=100, help="retrained twice each")
+    options.add_argument("--subsets", type=int, default=60, help="retrained twice each")
     options.add_argument("--processes", type=int, default=2)
     options.add_argument("--folder", type=Path, default=Path(".whence/quality"), help="keeps the retrainings")
     options.add_argument("--truth-only", action="store_true", help="retrain, print the ceilings, score nothing")

@@ -51,7 +51,7 @@ def check_fits(concept: ConceptRecord, index: IndexRecord, width: int, kind: Ind
             f"Concept {concept.id!r} has {concept.width} dimensions, the index {width}.",
             param="concept",
         )
-    if kind == IndexKind.ACTIVATION and concept.pooling != index.pooling:
+    if kind in {IndexKind.ACTIVATION, IndexKind.DIFFERENCE} and concept.pooling != index.pooling:
         raise Invalid(
             "concept_of_other_pooling",
             f"Concept {concept.id!r} was fitted with pooling {concept.pooling}, index {index.id} is built with "

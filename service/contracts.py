@@ -16,7 +16,10 @@ from service.terms import ConceptFunction, IndexKind, JobKind, JobState, LossRed
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One point of a fine-tuning run, used by trajectory attribution; ``weight`` is its learning rate share."""
+    """One point of a fine-tuning run, used by trajectory attribution; ``weight`` is its learning rate share.
+
+    ``path`` is a folder of whole weights or, in the run of an adapter, of its LoRA.
+    """
 
     path: str
     fingerprint: str
@@ -25,11 +28,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A Hugging Face causal LM in a folder. Layers are counted 1..n_layers; ``width`` is d."""
+    """A Hugging Face causal LM in a folder. Layers are counted 1..n_layers; ``width`` is d.
+
+    A LoRA has the weights of its base in ``path`` and its own in ``adapter``.
+    """
 
     id: str
     path: str
-    fingerprint: str  # sha256 over weight files and config.json
+    fingerprint: str  # sha256 over weight files and config.json, those of an adapter included
     tokenizer_fingerprint: str  # sha256 over the tokenizer's files, chat template included
     chat_template_sha256: str | None
     architecture: str
@@ -40,6 +46,8 @@ class ModelRecord:
     lineage: str  # fingerprint of the root of the chain of bases; equal = same family of fine-tunes
     checkpoints: tuple[Checkpoint, ...]
     created_at: str
+    adapter: str | None = None
+    tokenizer_path: str = ""  # where it is not ``path``
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,13 @@ class ArrayInfo:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a training run: a folder of weights, and its share of the learning rate."""
+    """A point of a training run: a folder of weights, the LoRA on them, and its share of the learning rate."""
 
     name: str
     path: str
     fingerprint: str
     weight: float = 1.0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

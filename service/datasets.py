@@ -153,7 +153,7 @@ def _lines(stream: BinaryIO, max_bytes: int, max_line_bytes: int) -> Iterator[by
 def parse_line(raw: bytes) -> tuple[Content, Mapping[str, Any]]:
     """One line of JSONL → what is trained on, and everything else as metadata. Raises Malformed."""
     try:
-        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
         codec.canonical(row)  # refuses lone surrogates and floats beyond JSON here, not at some later write
     except UnicodeError as error:
         raise Malformed("not_utf8", f"Not valid UTF-8 text: {error}.") from error
@@ -179,6 +179,15 @@ def parse_line(raw: bytes) -> tuple[Content, Mapping[str, Any]]:
     else:
         content = PlainText(_string(row.pop("text"), "text"))
     return content, row
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of equal ones JSON keeps the last, and the others would vanish."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise Malformed("repeated_key", f"The key {repeated!r} stands more than once in one object.")
+    return found
 
 
 def untrainable(content: Content) -> tuple[str, str] | None:

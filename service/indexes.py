@@ -179,6 +179,9 @@ class ExampleTable:
         self._table = table
         self._row = {item_id: row for row, item_id in enumerate(table.column("id").to_pylist())}
 
+    def __contains__(self, item_id: str) -> bool:
+        return item_id in self._row
+
     def take(self, ids: Sequence[str]) -> list[Example]:
         """The examples with these ids, in this order."""
         return datasets.to_examples(self._table.take([self._row[item_id] for item_id in ids]))

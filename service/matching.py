@@ -1,6 +1,7 @@
 """Which stored array answers a query, and what it is multiplied with: the u of ⟨u, e_z⟩ (DESIGN section 1)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from service.rows import F32
 from service.specs import IndexManifest, QueryGradientSpec
 from service.storage import Storage
 from service.terms import ConceptFunction, IndexKind, Method
-from service.work import ConceptObjective, Eigen, LossObjective, PassSpec, Reading
+from service.work import ConceptObjective, Eigen, LossObjective
 
 DEFAULT_DAMPING = 1.0
 
@@ -55,8 +56,8 @@ def match(
     storage: Storage, index: IndexRecord, manifest: IndexManifest, asked: Asked, *, shard_size: int
 ) -> Matched | Missing:
     """The array and the vector, or the job that must run first. Raises Invalid naming what is available."""
-    if asked.method == Method.VECTOR_FILTER:
-        return _activation(index, asked)
+    if asked.method in DIRECT:
+        return _direct(index, asked, DIRECT[asked.method])
     if asked.method == Method.CONCEPT_INFLUENCE and asked.through != IndexKind.GRADIENT:
         array = _embedding(index, asked)
         if array is not None:
@@ -67,12 +68,19 @@ def match(
 # --- activations and embeddings: no model ---------------------------------------------------------------
 
 
-def _activation(index: IndexRecord, asked: Asked) -> Matched:
+DIRECT: Mapping[Method, IndexKind] = {  # v̂ itself is the query
+    Method.VECTOR_FILTER: IndexKind.ACTIVATION,
+    Method.PROJECTION_DIFFERENCE: IndexKind.DIFFERENCE,
+}
+
+
+def _direct(index: IndexRecord, asked: Asked, kind: IndexKind) -> Matched:
+    """v̂ itself against rows of hidden dimensions."""
     concept, vector = _concept(asked)
-    held = [array for array in index.arrays if array.kind == IndexKind.ACTIVATION]
+    held = [array for array in index.arrays if array.kind == kind]
     array = next((array for array in held if array.layer == concept.layer), None)
     if array is None:
-        raise _not_indexed(index, IndexKind.ACTIVATION, [array.layer for array in held])
+        raise _not_indexed(index, kind, [array.layer for array in held])
     return Matched(array, vector)
 
 
@@ -184,12 +192,19 @@ def _gradient(
             "or build the index with projection 'eigen'.",
             param="damping",
         )
-    if asked.concept is not None and asked.concept.layer > gradient.blocks:
+    if asked.concept is not None and asked.concept.layer > gradient.tracked.blocks:
         raise Invalid(
             "layer_not_indexed",
             f"Concept {asked.concept.id!r} lies at layer {asked.concept.layer}, but index {index.id} tracks blocks "
-            f"1 to {gradient.blocks} only: part of its gradient would be missing. Build the index with "
+            f"1 to {gradient.tracked.blocks} only: part of its gradient would be missing. Build the index with "
             f"layer {asked.concept.layer}.",
+            param="concept",
+        )
+    if asked.concept is not None and asked.concept.layer < gradient.tracked.shallowest:
+        raise Invalid(
+            "layer_not_indexed",
+            f"Concept {asked.concept.id!r} lies at layer {asked.concept.layer}, but the first block that index "
+            f"{index.id} tracks is {gradient.tracked.shallowest}: there is no gradient to score.",
             param="concept",
         )
     found = _coordinates(storage, index, manifest, asked, shard_size)
@@ -231,8 +246,7 @@ def _coordinates(
         objective = ConceptObjective(
             concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector)), asked.function
         )
-    reading = {name: getattr(built, name) for name in Reading.__dataclass_fields__}
-    spec = PassSpec(**reading, activation=None, gradient=built.gradient, objective=objective)
+    spec = replace(built, activation=None, influence=None, objective=objective)
     key = codec.digest(["query", codec.to_plain(spec), asked.query_set.fingerprint])
     stored = artifacts.find(storage, key)
     if stored is None:

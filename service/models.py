@@ -7,8 +7,8 @@ from typing import Any
 
 from redis import Redis
 
-from service import codec, keys
-from service.contracts import Checkpoint, ModelRecord
+from service import adapters, codec, keys
+from service.contracts import Checkpoint, ModelRecord, Point
 from service.errors import Conflict, Invalid
 from service.registry import MODELS, Registry
 from service.storage import sha256_bytes, sha256_file
@@ -33,7 +33,11 @@ def inspect(
     checkpoints: list[tuple[Path, float]],
     redis: Redis,
 ) -> ModelRecord:
-    """Describe the Hugging Face folder. Raises Invalid naming what is missing or not allowed in it."""
+    """Describe the Hugging Face folder, or the LoRA of ``base`` in it. Raises Invalid naming what is missing or not
+    allowed in it.
+    """
+    if adapters.is_adapter(folder):
+        return _adapter(model_id, folder, base=base, checkpoints=checkpoints, redis=redis)
     config = _config(folder, param="path")
     fingerprint = weights_fingerprint(folder, redis, param="path")
     for number, (path, _) in enumerate(checkpoints):
@@ -68,6 +72,60 @@ def inspect(
     )
 
 
+def _adapter(
+    model_id: str,
+    folder: Path,
+    *,
+    base: ModelRecord | None,
+    checkpoints: list[tuple[Path, float]],
+    redis: Redis,
+) -> ModelRecord:
+    """A LoRA on the registered ``base``; its checkpoints are LoRAs as well."""
+    if base is None or base.adapter is not None:
+        what = "on nothing" if base is None else f"on {base.id!r}, an adapter itself"
+        detail = f"{folder} is a LoRA {what}. Register the folder of its base first, and name its id as 'base'."
+        raise Invalid("adapter_needs_base", detail, param="base")
+    for number, (path, _) in enumerate(checkpoints):
+        if str(path) != base.path and not adapters.is_adapter(path):
+            detail = f"{path} is no adapter folder; the checkpoints of a LoRA are LoRAs on its base, or the base."
+            raise Invalid("shape_mismatch", detail, param=f"checkpoints[{number}]")
+    run = [("path", folder), *((f"checkpoints[{number}]", path) for number, (path, _) in enumerate(checkpoints))]
+    found = [
+        base.fingerprint
+        if str(path) == base.path
+        else _adapted_fingerprint(base.fingerprint, path, redis, param=param)
+        for param, path in run
+    ]
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else Path(base.tokenizer_path or base.path)
+    template = _chat_template(tokenizer)
+    return replace(
+        base,
+        id=model_id,
+        fingerprint=found[0],
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        chat_template_sha256=sha256_bytes(template.encode()) if template else None,
+        base=base.id,
+        checkpoints=tuple(
+            Checkpoint(str(path), fingerprint, weight)
+            for (path, weight), fingerprint in zip(checkpoints, found[1:], strict=True)
+        ),
+        created_at=codec.now(),
+        adapter=str(folder),
+        tokenizer_path=str(tokenizer),
+    )
+
+
+def end_point(model: ModelRecord) -> Point:
+    """The model itself as the last point of its run."""
+    return Point(model.id, model.path, model.fingerprint, adapter=model.adapter)
+
+
+def location(model: ModelRecord, point: Point | None = None) -> Location:
+    """Where a point of the model's run lies; None: the model itself. A run has one tokenizer."""
+    point = point or end_point(model)
+    return Location(point.path, model.tokenizer_path or model.path, point.adapter)
+
+
 def register(registry: Registry, record: ModelRecord) -> ModelRecord:
     """Add the model; the same folder with the same weights under the same id is not an error."""
     known = registry.find(MODELS, record.id)
@@ -86,9 +144,13 @@ def register(registry: Registry, record: ModelRecord) -> ModelRecord:
 def check_fingerprints(location: Location, reading: Reading, redis: Redis | None = None) -> None:
     """Raise Conflict unless the folders still hold the weights and the tokenizer that were registered."""
     folder, texts = Path(location.model_path), Path(location.tokenizer_path)
-    for each in {folder, texts}:
-        _config(each, param="model")  # says so when the folder or a file of it is gone
-    found = weights_fingerprint(folder, redis, param="model"), tokenizer_fingerprint(texts)
+    _config(folder, param="model")  # says so when the folder or a file of it is gone
+    if not (texts / "tokenizer.json").is_file():
+        raise Invalid("no_tokenizer", f"{texts} has no tokenizer.json.", param="model")
+    weights = weights_fingerprint(folder, redis, param="model")
+    if location.adapter is not None:
+        weights = _adapted_fingerprint(weights, Path(location.adapter), redis, param="model")
+    found = weights, tokenizer_fingerprint(texts)
     if found != (reading.model_fingerprint, reading.tokenizer_fingerprint):
         raise Conflict(
             "model_changed",
@@ -112,6 +174,13 @@ def weights_fingerprint(folder: Path, redis: Redis | None, *, param: str) -> str
     return codec.digest([[path.name, _hash(path, redis)] for path in [*files, folder / "config.json"]])
 
 
+def _adapted_fingerprint(weights: str, folder: Path, redis: Redis | None, *, param: str) -> str:
+    """Of a LoRA on weights of that fingerprint. Raises Invalid for what is not a plain LoRA."""
+    adapters.check(folder, param=param)
+    files = (folder / adapters.WEIGHTS, folder / adapters.CONFIG)
+    return codec.digest([weights, [[path.name, _hash(path, redis)] for path in files]])
+
+
 def _hash(path: Path, redis: Redis | None) -> str:
     if redis is None:
         return sha256_file(path)
@@ -131,6 +200,9 @@ def _config(folder: Path, *, param: str) -> dict[str, Any]:
         there = False
     if not there:
         raise Invalid("model_folder_not_found", f"There is no folder {folder}.", param=param)
+    if (folder / adapters.CONFIG).is_file():
+        detail = f"{folder} holds an adapter ({adapters.CONFIG}) beside a model. Give each a folder of its own."
+        raise Invalid("adapter_in_model_folder", detail, param=param)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +244,19 @@ def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
     value = _find(config, names)
     assert value is not None  # noqa: S101  (_config has checked it)
     return value
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, as generation_config.json says, or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            told = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        several = told if isinstance(told, list) else [told]
+        if found := tuple(each for each in several if isinstance(each, int)):
+            return found
+    return ()
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -3,6 +3,7 @@
 Whatever can be refused without loading a model is refused here, before a job exists.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,11 +11,19 @@ from typing import TypeVar
 from redis import Redis
 
 from service import indexes
-from service.contracts import ModelRecord, Point
+from service.contracts import Checkpoint, ModelRecord, Point
 from service.errors import Conflict, Invalid
+from service.models import end_point, end_tokens
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry, check_id
 from service.settings import Settings
-from service.specs import BuildIndexSpec, ExtendIndexSpec, FitConceptSpec, GradientPlan, InfluencePlan
+from service.specs import (
+    BuildIndexSpec,
+    DifferencePlan,
+    ExtendIndexSpec,
+    FitConceptSpec,
+    GradientPlan,
+    InfluencePlan,
+)
 from service.storage import Storage
 from service.terms import (
     Checkpoints,
@@ -23,11 +32,12 @@ from service.terms import (
     FactorPositions,
     IndexKind,
     LongExamples,
+    Lora,
     LossReduction,
     Pooling,
     Projection,
 )
-from service.work import ActivationSpec, CurvatureSpec, Eigen, PassSpec, Rademacher, Reading
+from service.work import ActivationSpec, AnswersSpec, CurvatureSpec, Eigen, PassSpec, Rademacher, Reading, Tracked
 
 T = TypeVar("T")
 
@@ -66,6 +76,10 @@ class IndexRequest:
     rank: int | None
     directions: tuple[str, ...]
     checkpoints: Checkpoints
+    modules: str
+    stride: int
+    lora: Lora
+    answers: AnswersSpec
     curvature: CurvatureRequest
     max_length: int | None
     long_examples: LongExamples
@@ -98,14 +112,17 @@ def plan_index(request: IndexRequest, registry: Registry, redis: Redis, settings
         version=indexes.next_version(redis, registry, request.name),
         model=model.id,
         dataset=dataset.id,
-        reading=_reading(model, settings, request.max_length, request.long_examples),
-        points=_points(model, request.checkpoints, registry) if influence else (_end(model),),
-        blocks=max(layers),
+        reading=replace(
+            _reading(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
+        ),
+        points=_points(model, request.checkpoints, request.lora, registry) if influence else (end_point(model),),
+        tracked=_tracked(request, layers),
         p=p if request.projection == Projection.EIGEN else None,
         layers=layers,
         pooling=request.pooling,
         loss_reduction=request.loss_reduction,
-        activation=IndexKind.ACTIVATION in kinds,
+        activation=bool(kinds & {IndexKind.ACTIVATION, IndexKind.DIFFERENCE}),
+        difference=_difference(request, model, registry) if IndexKind.DIFFERENCE in kinds else None,
         gradient=GradientPlan(request.coordinates, rademacher) if IndexKind.GRADIENT in kinds else None,
         influence=influence,
         curvature=CurvatureSpec(**vars(request.curvature)),
@@ -135,14 +152,21 @@ def plan_extension(
         )
         raise Invalid("kind_not_indexed", detail, param="index")
     model = registry.get(MODELS, source.model, param="model")
-    layers = _layers(model, request.layers or (gradient.blocks,), param="layers")
-    if layers[-1] > gradient.blocks:
+    layers = _layers(model, request.layers or (gradient.tracked.blocks,), param="layers")
+    if layers[0] < gradient.tracked.shallowest:
         raise Invalid(
             "layer_not_indexed",
-            f"Index {source.id} tracks blocks 1 to {gradient.blocks} only: at layer {layers[-1]} part of the "
-            f"gradient would be missing. Build the index with layer {layers[-1]}.",
+            f"The first block that index {source.id} tracks is {gradient.tracked.shallowest}: f_v at layer "
+            f"{layers[0]} has no gradient in it.",
             param="layers",
-            context={"layers": list(range(1, gradient.blocks + 1))},
+        )
+    if layers[-1] > gradient.tracked.blocks:
+        raise Invalid(
+            "layer_not_indexed",
+            f"Index {source.id} tracks blocks 1 to {gradient.tracked.blocks} only: at layer {layers[-1]} part of "
+            f"the gradient would be missing. Build the index with layer {layers[-1]}.",
+            param="layers",
+            context={"layers": list(range(1, gradient.tracked.blocks + 1))},
         )
     plan = InfluencePlan(
         query_sets=_query_sets(request.query_sets, registry),
@@ -165,7 +189,8 @@ def _influence(
     if request.projection != Projection.EIGEN:
         detail = "Influence embeddings are made of EK-FAC coordinates: use projection 'eigen'."
         raise Invalid("needs_eigen", detail, param="projection")
-    for name in request.directions:
+    at_layer: Counter[int] = Counter()
+    for name in dict.fromkeys(request.directions):
         concept = registry.get(CONCEPTS, name, param="directions")
         if concept.lineage != model.lineage or concept.width != model.width:
             detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
@@ -175,9 +200,11 @@ def _influence(
                 f"Concept {name!r} lies at layer {concept.layer}, which is not among the layers {list(layers)}."
             )
             raise Invalid("layer_not_indexed", detail, param="directions")
-    rank = request.rank or (len(request.directions) or None)
-    if rank is not None and rank < len(request.directions):
-        detail = f"{len(request.directions)} directions do not fit into rank {rank}."
+        at_layer[concept.layer] += 1
+    most = max(at_layer.values(), default=0)  # each layer has directions of its own
+    rank = request.rank or most or None
+    if rank is not None and rank < most:
+        detail = f"{most} directions of one layer do not fit into rank {rank}."
         raise Invalid("rank_too_small", detail, param="rank")
     return InfluencePlan(
         query_sets=_query_sets(request.query_sets, registry),
@@ -187,9 +214,43 @@ def _influence(
         dampings=_unique(request.dampings, param="dampings"),
         coordinates=request.embedding_coordinates,
         rank=None if rank is None or rank >= model.width else rank,
-        directions=request.directions,
+        directions=tuple(dict.fromkeys(request.directions)),
         head_bytes=settings.head_bytes,
     )
+
+
+def _tracked(request: IndexRequest, layers: tuple[int, ...]) -> Tracked:
+    blocks = layers[-1]
+    if not all(word.strip() for word in request.modules.split(",")):
+        detail = "modules is 'all', or words such as attn, mlp or q_proj, joined by commas: one of them is empty."
+        raise Invalid("bad_modules", detail, param="modules")
+    tracked = Tracked(blocks, request.modules, request.stride)
+    if layers[0] < tracked.shallowest and IndexKind.INFLUENCE in request.kinds:
+        detail = (
+            f"With stride {request.stride} back from block {blocks} the first tracked block is "
+            f"{tracked.shallowest}: no gradient of layer {layers[0]} would be seen. Choose a smaller one."
+        )
+        raise Invalid("nothing_tracked", detail, param="stride")
+    return tracked
+
+
+def _difference(request: IndexRequest, model: ModelRecord, registry: Registry) -> DifferencePlan:
+    """Answers come from the declared base, as in the paper; a model without one answers itself."""
+    if request.pooling == Pooling.LAST_PROMPT_TOKEN:
+        detail = (
+            "Pooled before the answer, every difference is zero. Use another pooling, or leave out 'difference'."
+        )
+        raise Invalid("no_difference", detail, param="pooling")
+    answerer = model if model.base is None else registry.get(MODELS, model.base, param="model")
+    answers = replace(request.answers, ends=end_tokens(Path(answerer.path)))
+    return DifferencePlan(end_point(answerer), answers, answerer.context_length)
+
+
+def _lora(model: ModelRecord, wanted: Lora) -> Lora:
+    if wanted == Lora.ADAPTER and model.adapter is None:
+        detail = f"{model.id!r} is no adapter: there are no LoRA maps to track. Leave 'lora' at merged."
+        raise Invalid("not_an_adapter", detail, param="lora")
+    return wanted
 
 
 def _query_sets(names: tuple[str, ...], registry: Registry) -> tuple[str, ...]:
@@ -212,22 +273,29 @@ def _unique(values: tuple[T, ...], *, param: str) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _end(model: ModelRecord) -> Point:
-    return Point(model.id, model.path, model.fingerprint)
-
-
-def _points(model: ModelRecord, wanted: Checkpoints, registry: Registry) -> tuple[Point, ...]:
-    """The run, base first and the model itself last: the declared checkpoints, else base and end."""
-    end = _end(model)
+def _points(model: ModelRecord, wanted: Checkpoints, lora: Lora, registry: Registry) -> tuple[Point, ...]:
+    """The run, base first and the model itself last: the declared checkpoints, else base and end. The base has no
+    LoRA whose own maps could be tracked.
+    """
+    end = end_point(model)
     if wanted == Checkpoints.END:
         return (end,)
-    points = [Point(Path(each.path).name, each.path, each.fingerprint, each.weight) for each in model.checkpoints]
-    if not points and model.base is not None:
+    points = [_point(model, each) for each in model.checkpoints]
+    if lora == Lora.ADAPTER:
+        points = [point for point in points if point.adapter is not None]
+    if not points and model.base is not None and lora == Lora.MERGED:
         base = registry.get(MODELS, model.base, param="model")
-        points = [Point(base.id, base.path, base.fingerprint)]
+        points = [end_point(base)]
     before = tuple(point for point in points if point.fingerprint != model.fingerprint)
     declared = next((point for point in points if point.fingerprint == model.fingerprint), end)
     return (*before, replace(end, weight=declared.weight))
+
+
+def _point(model: ModelRecord, each: Checkpoint) -> Point:
+    name = Path(each.path).name
+    if model.adapter is None or each.path == model.path:  # of a LoRA's run, its base may be the first point
+        return Point(name, each.path, each.fingerprint, each.weight)
+    return Point(name, model.path, each.fingerprint, each.weight, each.path)
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service import concepts, indexes
+from service import artifacts, codec, concepts, indexes, token_shares
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
-from service.errors import Invalid
+from service.errors import Invalid, NotFound
 from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
-from service.matching import Asked, Matched, Missing, match
+from service.matching import DIRECT, Asked, Matched, Missing, match
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.rows import F32
+from service.specs import TokenSharesSpec
 from service.storage import Storage
 from service.terms import ConceptFunction, IndexKind, JobKind, Method, Order
+from service.token_shares import TokenShares
 
 # What a method makes no use of: given all the same, the answer would not be the one that was asked for.
 _NOT_USED = {
     Method.VECTOR_FILTER: ("query_set", "damping", "concept_function", "through"),
+    Method.PROJECTION_DIFFERENCE: ("query_set", "damping", "concept_function", "through"),
     Method.CONCEPT_INFLUENCE: (),
     Method.INFLUENCE_FUNCTION: ("concept", "concept_function"),
 }
 _WHY_NOT = {
     Method.VECTOR_FILTER: "vector_filter compares activations with the concept's direction, and no gradient",
+    Method.PROJECTION_DIFFERENCE: "projection_difference compares activations with the concept's direction, and no "
+    "gradient",
     Method.INFLUENCE_FUNCTION: "influence_function asks about the loss on a query set, not about a concept",
 }
 _THROUGH = {
@@ -109,6 +114,42 @@ class QueryService:
             warnings=_warnings(asked, index, found, fidelity),
         )
 
+    def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
+        """What every token of these examples adds to their score, or the job that computes it.
+
+        Raises as ``run``, and NotFound for an id that the index's dataset does not hold.
+        """
+        index = indexes.resolve(self._registry, query.index)
+        asked = self._resolve(query, index)
+        if asked.method == Method.PROJECTION_DIFFERENCE:
+            detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
+            raise Invalid("no_token_shares", detail, param="method")
+        match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
+        table = self._loader.examples(self._registry.get(DATASETS, index.dataset))
+        for number, item in enumerate(examples):
+            if item not in table:
+                detail = f"Dataset {index.dataset!r} of index {index.id} holds no example {item!r}."
+                raise NotFound("example_not_found", detail, param=f"examples[{number}]")
+        concept = asked.concept.sha256 if asked.concept else None
+        fingerprint = asked.query_set.fingerprint if asked.query_set else None
+        about = [asked.method, concept, fingerprint, asked.function, asked.damping, asked.through]
+        key = codec.digest(["token shares", index.id, index.manifest_sha256, *about, list(examples)])
+        if artifacts.find(self._storage, key) is not None:
+            return token_shares.read(self._storage, key)
+        spec = TokenSharesSpec(
+            key=key,
+            index=index.id,
+            method=asked.method,
+            concept=query.concept,
+            query_set=query.query_set,
+            function=asked.function,
+            damping=asked.damping,
+            through=asked.through,
+            examples=examples,
+            shard_size=self._shard_size,
+        )
+        return self._jobs.submit_once(key, JobKind.TOKEN_SHARES, spec)
+
     def _resolve(self, query: Query, index: IndexRecord) -> Asked:
         """Names to records; whether they belong together."""
         _check_used(query)
@@ -123,7 +164,7 @@ class QueryService:
         else:
             concept = self._registry.get(CONCEPTS, query.concept, param="concept")
             model = self._registry.get(MODELS, index.model)
-            kind = IndexKind.ACTIVATION if query.method == Method.VECTOR_FILTER else IndexKind.GRADIENT
+            kind = DIRECT.get(query.method, IndexKind.GRADIENT)
             concepts.check_fits(concept, index, model.width, kind)
             vector = concepts.direction(self._storage, concept)
         function = query.concept_function or ConceptFunction.DOT
@@ -179,7 +220,7 @@ def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fideli
         )
     if concept is not None and concept.model_fingerprint != index.model_fingerprint:
         said.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
-    if asked.method == Method.VECTOR_FILTER:
+    if asked.method in DIRECT:
         return tuple(said)
     if found.points == 1 and concept is not None:
         said.append(

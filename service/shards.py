@@ -15,16 +15,25 @@ from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.errors import Damaged
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
-from service.work import Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
+from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
 
 MANIFEST = "shard.json"
 HALF, INT8, SINGLE = "half", "int8", "single"
 
 
 def cut(
-    location: Location, spec: PassSpec, dataset: DatasetRecord, ids: Sequence[str], rows: Sequence[int], size: int
+    location: Location,
+    spec: PassSpec | DifferenceSpec,
+    dataset: DatasetRecord,
+    ids: Sequence[str],
+    rows: Sequence[int],
+    size: int,
+    *,
+    first: int = 0,
 ) -> list[Task]:
-    """``rows`` of the dataset in runs of at most ``size``; ``ids`` are those of the whole dataset. Pure."""
+    """``rows`` of the dataset in runs of at most ``size``, counted from ``first``; ``ids`` are those of the whole
+    dataset. Pure.
+    """
     return [
         Task(
             key=codec.digest([codec.to_plain(spec), [ids[row] for row in rows[start : start + size]]]),
@@ -34,7 +43,7 @@ def cut(
             dataset=dataset,
             rows=tuple(rows[start : start + size]),
         )
-        for number, start in enumerate(range(0, len(rows), size))
+        for number, start in enumerate(range(0, len(rows), size), start=first)
     ]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.contracts import ArrayInfo, Counts, Fidelity, Point
-from service.terms import ConceptFunction, LossReduction, Pooling
-from service.work import FORMAT, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef
+from service.terms import ConceptFunction, IndexKind, LossReduction, Method, Pooling
+from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class InfluencePlan:
 
 
 @dataclass(frozen=True)
+class DifferencePlan:
+    """Whose answers y' are: the base's, or the model's own where it declares none."""
+
+    answerer: Point
+    answers: AnswersSpec
+    context_length: int | None  # of the answerer
+
+
+@dataclass(frozen=True)
 class BuildIndexSpec:
     name: str
     version: int
@@ -39,7 +48,7 @@ class BuildIndexSpec:
     dataset: str
     reading: Reading  # of the model itself; its checkpoints differ in their fingerprint only
     points: tuple[Point, ...]  # of the run, the model itself last; more than one for ``influence`` only
-    blocks: int  # modules in blocks 1..blocks are tracked
+    tracked: Tracked
     p: int | None  # eigenvectors per side; None: all
     layers: tuple[int, ...]
     pooling: Pooling
@@ -49,6 +58,7 @@ class BuildIndexSpec:
     influence: InfluencePlan | None
     curvature: CurvatureSpec
     shard_size: int
+    difference: DifferencePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,23 @@ class QueryGradientSpec:
     shard_size: int
 
 
-JobSpec = BuildIndexSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec
+@dataclass(frozen=True)
+class TokenSharesSpec:
+    """What every token of some examples adds to their score, asked like a query."""
+
+    key: str
+    index: str
+    method: Method
+    concept: str | None
+    query_set: str | None
+    function: ConceptFunction
+    damping: float | None
+    through: IndexKind | None
+    examples: tuple[str, ...]
+    shard_size: int
+
+
+JobSpec = BuildIndexSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec | TokenSharesSpec
 
 
 # --- what a build publishes ---------------------------------------------------------------------------
@@ -135,6 +161,7 @@ class IndexManifest:
     jacobians: tuple[CachedJacobian, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
     p: int | None = None  # eigenvectors per side that were kept; None: all
+    difference: DifferencePlan | None = None
     format: int = FORMAT
 
     @property

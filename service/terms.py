@@ -45,13 +45,22 @@ class LongExamples(StrEnum):
 
     TRUNCATE_RIGHT = "truncate_right"
     TRUNCATE_LEFT = "truncate_left"
+    SPLIT_AND_SUM = "split_and_sum"  # windows that see only themselves; their gradients add up to one row
     QUARANTINE = "quarantine"
+
+
+class Lora(StrEnum):
+    """How an adapter is attributed to. Without one there is no difference."""
+
+    MERGED = "merged"  # added to the weights, which are tracked
+    ADAPTER = "adapter"  # its own two maps are tracked: what training really moved
 
 
 class IndexKind(StrEnum):
     """What is stored per example (the e_z of DESIGN section 1)."""
 
     ACTIVATION = "activation"
+    DIFFERENCE = "difference"  # to the activations of the base model's own answer
     GRADIENT = "gradient"
     INFLUENCE = "influence"
 
@@ -74,6 +83,7 @@ class Method(StrEnum):
     """How an example is scored. A positive score always means: training on it pushes toward the query."""
 
     VECTOR_FILTER = "vector_filter"
+    PROJECTION_DIFFERENCE = "projection_difference"
     CONCEPT_INFLUENCE = "concept_influence"
     INFLUENCE_FUNCTION = "influence_function"
 
@@ -88,6 +98,7 @@ class JobKind(StrEnum):
     FIT_CONCEPT = "fit_concept"
     EXTEND_INDEX = "extend_index"
     QUERY_GRADIENT = "query_gradient"
+    TOKEN_SHARES = "token_shares"  # noqa: S105
 
 
 class JobState(StrEnum):

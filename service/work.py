@@ -6,12 +6,12 @@ that needs it: a resumed build, a rebuild, another query on the same data.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
-from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, LossReduction, Pooling
+from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, Lora, LossReduction, Pooling
 
-FORMAT = 2  # of shards and artifacts; a change that alters their bytes raises it
+FORMAT = 3  # of shards and artifacts; a change that alters their bytes raises it
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Reading:
     long_examples: LongExamples
     token_budget: int  # padded tokens per batch
     dtype: str  # float32 | bfloat16 | float16
+    lora: Lora = Lora.MERGED
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Location:
 
     model_path: str
     tokenizer_path: str
+    adapter: str | None = None  # folder of a LoRA on those weights
 
 
 # --- a pass over examples: rows ---------------------------------------------------------------------
@@ -41,6 +43,22 @@ class Location:
 class ActivationSpec:
     layers: tuple[int, ...]
     pooling: Pooling
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Which linear maps gradients are taken of: those in blocks ``blocks``, ``blocks`` − ``stride``, … whose name
+    inside the block contains one of ``modules``: all, or words joined by commas; attn and mlp mean sublayers.
+    """
+
+    blocks: int
+    modules: str = "all"
+    stride: int = 1
+
+    @property
+    def shallowest(self) -> int:
+        """The first block with a tracked map: f_v at a layer before it has no gradient here."""
+        return (self.blocks - 1) % self.stride + 1
 
 
 @dataclass(frozen=True)
@@ -61,9 +79,9 @@ class Eigen:
 
 @dataclass(frozen=True)
 class GradientSpec:
-    """Coordinates of ∇L(z) over the modules of blocks 1..blocks."""
+    """Coordinates of ∇L(z) over the tracked modules."""
 
-    blocks: int
+    tracked: Tracked
     projection: Rademacher | Eigen = Rademacher()
     loss_reduction: LossReduction = LossReduction.MEAN
 
@@ -80,7 +98,6 @@ class Head:
 class InfluenceSpec:
     """m_z for every head, read off the coordinates of ∇L(z)."""
 
-    blocks: int
     curvature: str
     heads: tuple[Head, ...]
     loss_reduction: LossReduction = LossReduction.MEAN
@@ -104,7 +121,7 @@ class LossObjective:
     loss: str = "cross_entropy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PassSpec(Reading):
     """One forward and at most one backward over examples, and all rows that are read off them."""
 
@@ -112,6 +129,22 @@ class PassSpec(Reading):
     gradient: GradientSpec | None
     objective: ConceptObjective | LossObjective | None  # None: training examples
     influence: InfluenceSpec | None = None
+    format: int = FORMAT
+
+    @property
+    def reading(self) -> Reading:
+        """How it reads texts, alone: what other work on the same model shares."""
+        return Reading(**{each.name: getattr(self, each.name) for each in fields(Reading)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferenceSpec(Reading):
+    """a_l(x, y) − a_l(x, y'): y the last answer of the example, y' that of the artifacts ``answers``, in order."""
+
+    layers: tuple[int, ...]
+    pooling: Pooling
+    answers: tuple[str, ...]
+    ends: tuple[int, ...] = ()  # y ends with the first of them, as y' does
     format: int = FORMAT
 
 
@@ -139,6 +172,24 @@ class ReadOffSpec:
 
 
 @dataclass(frozen=True)
+class AnswersSpec:
+    """How a model answers prompts itself. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 1000
+    seed: int = 0
+    ends: tuple[int, ...] = ()  # tokens that end an answer, besides the tokenizer's own
+
+
+@dataclass(frozen=True)
+class AnswersWork:
+    """The model's own answers to the prompts of some examples."""
+
+    reading: Reading
+    spec: AnswersSpec
+
+
+@dataclass(frozen=True)
 class CurvatureSpec:
     """How EK-FAC is fitted: on ``examples`` examples drawn by ``seed``, the summed loss."""
 
@@ -146,7 +197,6 @@ class CurvatureSpec:
     seed: int = 0
     labels: FactorLabels = FactorLabels.SAMPLED
     positions: FactorPositions = FactorPositions.TARGETS
-    p: int | None = None  # eigenvectors kept per side; None: all
 
 
 @dataclass(frozen=True)
@@ -154,17 +204,16 @@ class CovarianceWork:
     """Σ a aᵀ and Σ g gᵀ of every module over some of the sample."""
 
     reading: Reading
-    blocks: int
+    tracked: Tracked
     spec: CurvatureSpec
 
 
 @dataclass(frozen=True)
 class EigenWork:
-    """Eigenvectors of one module from the summed covariances."""
+    """Eigenvectors of one module, all of them, from the summed covariances."""
 
     parts: tuple[str, ...]
     module: str
-    p: int | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +221,7 @@ class MomentWork:
     """Σ C² and Σ ‖G‖² of every module over some of the sample, in the eigenbases."""
 
     reading: Reading
-    blocks: int
+    tracked: Tracked
     spec: CurvatureSpec
     bases: tuple[tuple[str, str], ...]  # module, artifact of its eigenvectors
 
@@ -183,7 +232,6 @@ class LambdaWork:
 
     parts: tuple[str, ...]
     module: str
-    eigen: str
 
 
 @dataclass(frozen=True)
@@ -270,8 +318,24 @@ class GatherWork:
     rows: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TokenSharesWork:
+    """What tokens of some examples add to ``weight`` · ⟨u, row⟩, for rows of ``array`` in the pass ``spec``."""
+
+    spec: PassSpec
+    array: ArrayInfo
+    vector: str  # artifact that holds u
+    weight: float = 1.0  # of the point of the run
+
+    @property
+    def reading(self) -> Reading:
+        return self.spec.reading
+
+
 ArtifactWork = (
-    CovarianceWork
+    TokenSharesWork
+    | AnswersWork
+    | CovarianceWork
     | EigenWork
     | MomentWork
     | LambdaWork
@@ -284,7 +348,7 @@ ArtifactWork = (
     | HeadWork
     | GatherWork
 )
-ShardWork = PassSpec | SumSpec | ReadOffSpec
+ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec
 Work = ShardWork | ArtifactWork
 
 

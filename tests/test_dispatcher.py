@@ -24,10 +24,10 @@ from service.errors import Cancelled, Damaged, DomainError, Interrupted, Invalid
 from service.jobs import Claim, Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.terms import JobKind, JobState
-from service.work import FORMAT, GradientSpec
+from service.work import GradientSpec, Tracked
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEC = GradientSpec(FORMAT)
+SPEC = GradientSpec(Tracked(2))
 LEASE_S = 2.0
 AT_ONCE = 0.0  # as a lease: whoever holds the job, it is taken over
 
@@ -130,7 +130,7 @@ def done(*_: Any) -> Mapping[str, Any]:
 
 def test_a_job_runs_and_its_result_and_words_are_kept(jobs: Jobs, url: str) -> None:
     def act(job: JobRecord, context: JobContext) -> Any:
-        assert job.spec["blocks"] == FORMAT
+        assert job.spec["tracked"]["blocks"] == 2
         context.log("half way", shard=3)
         context.progress("build", 10, 10, quarantined=2)
         return {"index": "a@v1"}

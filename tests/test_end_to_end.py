@@ -189,6 +189,34 @@ def test_coordinates_agree_with_embeddings_at_every_damping(embedded, client: Cl
     assert (free.provenance.kind, free.provenance.damping) == ("gradient", 0.37)
 
 
+def check_shares(client: Client, asked: dict) -> None:
+    """Shares of tokens come from a job, once, and sum to the scores of the hits."""
+    asked = {name: value for name, value in asked.items() if name != "k"}
+    hits = client.ask(**asked, k=3).hits
+    about = asked | {"examples": [hit.example_id for hit in hits]}
+    job = client.tokens(**about)
+    assert isinstance(job, JobRecord)
+    client.wait(job.id)
+    found = client.tokens(**about)
+    for hit, one in zip(hits, found, strict=True):
+        assert one.example_id == hit.example_id
+        assert one.score == pytest.approx(sum(token.share for token in one.tokens), rel=1e-6)
+        assert one.score == pytest.approx(hit.score, rel=0.02)
+        assert any(token.predicted for token in one.tokens)
+        assert hit.text.split()[-1] in "".join(token.text for token in one.tokens)
+
+
+def test_shares_of_tokens_sum_to_the_scores_of_hits(built, embedded, client: Client, http):
+    filtered = {"index": "trigger", "concept": "trigger-2028", "method": "vector_filter"}
+    check_shares(client, filtered)
+    check_shares(client, ASKED | {"through": "influence", "query_set": "positive"})
+    check_shares(client, ASKED | {"through": "gradient", "query_set": "positive"})
+    unknown = filtered | {"examples": ["0" * 64]}
+    problem(http.post("/v1/queries/tokens", json=unknown), 404, "example_not_found", "examples[0]")
+    compared = filtered | {"method": "projection_difference", "examples": ["0" * 64]}
+    problem(http.post("/v1/queries/tokens", json=compared), 422, "no_token_shares", "method")
+
+
 def test_a_damping_or_query_set_without_embeddings_is_refused_with_those_there_are(embedded, http):
     asked = ASKED | {"through": "influence"}
     found = problem(http.post("/v1/queries", json=asked | {"damping": 0.37}), 422, "damping_not_indexed", "damping")
@@ -209,6 +237,7 @@ def test_an_extended_index_answers_for_another_query_set_and_keeps_the_old(embed
     assert new.provenance.fidelity is not None
     coordinates = client.query(**asked | {"through": "gradient", "query_set": "negative"})
     assert agreement(new, coordinates) >= 0.999  # read off the same numbers
+    check_shares(client, asked | {"query_set": "negative"})
     old = client.query(**asked, query_set="positive")
     assert by_id(old) == by_id(client.query(**ASKED | {"index": "embedded@v1"}))
     problem(http.post("/v1/queries", json=asked), 422, "query_set_needed", "query_set")

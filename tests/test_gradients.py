@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.errors import Invalid
 from service.terms import LossReduction, Pooling
 from tests import tiny
 from tests.tiny import activation_of, loss_of, oracle_rows
@@ -177,6 +178,44 @@ def test_concept_rows_do_not_depend_on_the_company_in_a_batch(family):
     together = rows_of([0, 1, 2, 3, 4])
     assert relative(together, torch.cat([rows_of([i]) for i in range(5)])) <= 1e-5
     assert relative(rows_of([3, 0, 4, 2, 1]), together[[3, 0, 4, 2, 1]]) <= 1e-5
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+class Flattened(nn.Module):
+    """A linear map that sees (batch · tokens, width), as in routers of experts."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # nn.Linear and Conv1D
+def test_a_map_whose_inputs_are_not_batch_by_tokens_is_refused_by_name(family):
+    loaded = tiny.loaded(family)
+    mlp, name = loaded.blocks[1].mlp, {"llama": "up_proj", "gpt2": "c_fc"}[family]
+    batch, before = batch_of(examples(), Pooling.ALL_MEAN), tiny.loaded(family)
+    setattr(mlp, name, Flattened(getattr(mlp, name)))
+    torch.testing.assert_close(loaded.model(batch.ids).logits, before.model(batch.ids).logits)  # the same model
+    modules, sides = loaded.linear_maps(tiny.BLOCKS), sides_of(loaded)
+    (flat,) = [each for each in modules if each.endswith("inner")]
+    about = {"layer": tiny.BLOCKS, "direction": direction_of()}
+    for ask in (
+        lambda: loss_coordinates(loaded.model, modules, sides, batch),
+        lambda: concept_coordinates(loaded.model, loaded.blocks, modules, sides, batch, **about),
+    ):
+        with pytest.raises(Invalid) as refused:
+            ask()
+        assert (refused.value.code, refused.value.param) == ("unsupported_module", "model")
+        assert flat in refused.value.detail
+    del sides[flat]  # a map that nobody asks for is no obstacle
+    rows, _ = loss_coordinates(loaded.model, modules, sides, batch)
+    expected, _ = loss_coordinates(before.model, before.linear_maps(tiny.BLOCKS), sides, batch)
+    torch.testing.assert_close(rows, expected)
 
 
 # --- no traces --------------------------------------------------------------------------------------

@@ -19,14 +19,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.lab import Lab, Quiet
+from benchmarks.lab import DEFAULTS, Lab, Quiet
 from service import artifacts, codec, concepts, indexes, shards
+from service.basis import SPECTRUM
 from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.errors import Conflict, Invalid
 from service.indexes import IndexLoader
 from service.matching import Asked, Matched, Missing, match
-from service.planning import ExtendRequest, plan_extension
+from service.planning import ExtendRequest, IndexRequest, plan_extension, plan_index
+from service.queries import Answer, Query, QueryService
 from service.registry import CONCEPTS, DATASETS, INDEXES
 from service.terms import (
     Checkpoints,
@@ -38,12 +40,13 @@ from service.terms import (
     LongExamples,
     LossReduction,
     Method,
+    Order,
     Pooling,
 )
-from service.work import CurvatureSpec, Location, PassSpec, Reading, Task
+from service.work import CurvatureSpec, Location, LossRowsWork, PassSpec, Reading, Task, Tracked
 from tests import exact, tiny
 from tests.exact import spearman
-from workers import curvature, passes, readout
+from workers import curvature, passes, readout, works
 from workers.batches import plan
 from workers.masks import tokenise
 from workers.models import Loaded, load
@@ -200,6 +203,15 @@ class World:
 
     def match(self, index, **asked) -> Matched | Missing:
         return match(self.lab.storage, index, self.manifest(index), self.asked(**asked), shard_size=64)
+
+    def ask(self, index, *, loader: IndexLoader, **options) -> Answer:
+        """As the api asks."""
+        lab = self.lab
+        service = QueryService(lab.registry, lab.storage, lab.jobs, loader, shard_size=64)
+        fields = {"concept": None, "method": Method.CONCEPT_INFLUENCE, "order": Order.MOST, "k": 3}
+        answer = service.run(Query(index.id, **fields | options))
+        assert isinstance(answer, Answer)
+        return answer
 
     def concept_scores(self, index, **options) -> np.ndarray:
         """(80, 32): every random v, through the matcher."""
@@ -521,6 +533,106 @@ def test_questions_that_embeddings_do_not_answer_are_refused(world, about, code)
     assert refused.value.code == code
 
 
+def test_of_several_query_sets_one_has_to_be_named(world):
+    about = {"kinds": ("influence",), "checkpoints": Checkpoints.END}
+    index = world.build("several", query_sets=("q", "other"), **about)
+    with pytest.raises(Invalid) as refused:
+        world.match(index, concept="v0")
+    assert (refused.value.code, refused.value.param) == ("query_set_needed", "query_set")
+    assert refused.value.context["available"] == ["q", "other"]
+    for name in ("q", "other"):
+        assert world.match(index, concept="v0", query_set=name).query_set == name
+
+
+def test_one_query_set_under_two_names_is_one_question(world, end):
+    world.lab.dataset("namesake", QUERIES)
+    about = {"kinds": ("influence",), "checkpoints": Checkpoints.END}
+    index = world.build("namesakes", query_sets=("q", "namesake"), **about)
+    assert {array.embedding.query_set for array in index.arrays} == {"q", "namesake"}
+    found = world.match(index, concept="v0")
+    np.testing.assert_array_equal(world.matrix(index, found.array), world.matrix(end, embedding(end)))
+
+
+@pytest.mark.parametrize(
+    ("about", "code", "param"),
+    [
+        ({"rank": 1, "directions": ("v0", "v1")}, "rank_too_small", "rank"),
+        ({"rank": 3, "directions": ("v0", "v1", "v2", "v3")}, "rank_too_small", "rank"),
+        ({"directions": ("lower",)}, "layer_not_indexed", "directions"),
+        ({"rank": 4, "directions": ("v0", "lower")}, "layer_not_indexed", "directions"),
+    ],
+    ids=["two into one", "four into three", "of another layer alone", "of another layer too"],
+)
+def test_directions_that_cannot_be_kept_are_refused_before_there_is_a_job(world, about, code, param):
+    lab, names = world.lab, {"name": "unkept", "model": "m", "dataset": "d", "layers": (LAYER,)}
+    fields = DEFAULTS | names | {"kinds": ("influence",), "query_sets": ("q",)} | about
+    with pytest.raises(Invalid) as refused:
+        plan_index(codec.from_plain(IndexRequest, fields), lab.registry, lab.redis, lab.settings)
+    assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_a_rank_may_be_as_small_as_there_are_directions(world):
+    about = {"kinds": ("influence",), "query_sets": ("q",), "checkpoints": Checkpoints.END}
+    for rank in (2, None):
+        index = world.build("just", rank=rank, directions=("v0", "v1"), **about)
+        assert embedding(index).embedding.rank == 2
+        for name in ("v0", "v1"):
+            assert world.match(index, concept=name).captured == pytest.approx(1, abs=1e-5)
+
+
+def test_ranks_are_by_layer_and_a_repeated_direction_counts_once(world):
+    names = {"name": "by-layer", "model": "m", "dataset": "d", "layers": (1, LAYER), "kinds": ("influence",)}
+    for directions in (("lower", "v0"), ("v0", "v0")):
+        fields = DEFAULTS | names | {"query_sets": ("q",), "directions": directions, "rank": 1}
+        request = codec.from_plain(IndexRequest, fields)
+        spec = plan_index(request, world.lab.registry, world.lab.redis, world.lab.settings)
+        assert (spec.influence.rank, spec.influence.directions) == (1, tuple(dict.fromkeys(directions)))
+
+
+def test_one_query_set_under_two_names_is_cached_and_measured_once(world):
+    world.lab.dataset("namesake", QUERIES)
+    index = world.build(
+        "twins", kinds=("gradient", "influence"), query_sets=("q", "namesake"), checkpoints=Checkpoints.END
+    )
+    manifest = world.manifest(index)
+    assert len(set(manifest.jacobians)) == len(manifest.jacobians)
+    told = [(each.array, each.query, each.query_set, each.damping) for each in manifest.fidelity]
+    assert len(set(told)) == len(told)
+
+
+def test_a_stride_that_passes_over_a_layer_is_refused(world):
+    about = {"kinds": ("gradient",), "curvature": FITTED, "stride": 2, "coordinates": 64}
+    with pytest.raises(Invalid, match="first tracked block is 2") as refused:
+        influence = {"layers": (1, LAYER), "kinds": ("influence",), "query_sets": ("q",)}
+        world.lab.build("strided", "m", "d", LAYER, **about | influence)
+    assert (refused.value.code, refused.value.param) == ("nothing_tracked", "stride")
+    index, _ = world.lab.build("strided", "m", "d", LAYER, **about)
+    assert np.isfinite(world.lab.scores(index, [one.id for one in TRAIN], concept="v0", query_set="q")).all()
+    with pytest.raises(Invalid, match="first block") as refused:
+        world.lab.scores(index, [], concept="lower", query_set="q")
+    assert (refused.value.code, refused.value.param) == ("layer_not_indexed", "concept")
+    request = ExtendRequest(("q",), (1,), POOLING, (ConceptFunction.DOT,), (1.0,))
+    with pytest.raises(Invalid, match="first block") as refused:
+        plan_extension(
+            index.id, request, world.lab.registry, world.lab.storage, world.lab.redis, world.lab.settings
+        )
+    assert (refused.value.code, refused.value.param) == ("layer_not_indexed", "layers")
+
+
+def test_a_checkpoint_from_before_the_vocabulary_grew_is_refused_unless_it_is_left_out(world):
+    highest = max(int(tokenise(one.content, TOKENIZER).ids.max()) for one in TRAIN)
+    folder = world.root / "before"
+    tiny.model("llama", vocab=highest).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    world.lab.model("grown", world.folders[-1], checkpoints=[(folder, 1.0)])
+    about = {"kinds": ("influence",), "query_sets": ("q",), "curvature": FITTED}
+    with pytest.raises(Invalid, match=f"knows {highest}:") as refused:
+        world.lab.build("grown", "grown", "d", LAYER, **about)
+    assert (refused.value.code, refused.value.param) == ("vocabulary_too_small", "checkpoints")
+    index, _ = world.lab.build("grown", "grown", "d", LAYER, checkpoints=Checkpoints.END, **about)
+    assert index.counts.indexed == len(TRAIN)
+
+
 # --- extending ------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +686,54 @@ def test_an_index_with_directions_can_be_extended(world):
         "narrow", kinds=("gradient", "influence"), query_sets=("q",), rank=4, checkpoints=Checkpoints.END
     )
     world.extend(index, query_sets=("q",))
+
+
+MORE = {
+    "query set": ({"query_sets": ("q",)}, {"query_sets": ("q", "other")}),
+    "query set, first": ({"query_sets": ("q",)}, {"query_sets": ("other", "q")}),
+    "layer": ({"layers": (2,)}, {"layers": (1, 2)}),
+    "function": ({"concept_functions": ("dot",)}, {"concept_functions": ("dot", "cosine")}),
+    "damping": ({"dampings": (1.0,)}, {"dampings": (0.3, 1.0)}),
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_an_extension_adds_what_is_new_in_it_and_leaves_what_is_there(world, gradient, more):
+    first, second = ({"query_sets": ("q",)} | each for each in MORE[more])
+    once = world.extend(gradient, **first)
+    again = world.extend(once, **second)
+    assert again.arrays[: len(once.arrays)] == once.arrays
+    (array,) = again.arrays[len(once.arrays) :]
+    about = array.embedding
+    assert (array.layer, about.query_set, about.function, about.damping) != (LAYER, "q", "dot", 1.0)
+    expected = world.oracles[-1].embeddings(about.function, about.damping, about.query_set, array.layer)
+    assert off(world.matrix(again, array), expected) <= INT8
+    np.testing.assert_array_equal(world.matrix(again, embedding(once)), world.matrix(once, embedding(once)))
+    # every question was measured once, through both kinds
+    assert again.fidelity[: len(once.fidelity)] == once.fidelity
+    asked = Counter(
+        (each.array.kind, each.query_set, each.layer, each.function, each.damping)
+        for each in again.fidelity
+        if each.query == "concept"
+    )
+    questions = [("q", LAYER, "dot", 1.0), (about.query_set, array.layer, about.function, about.damping)]
+    assert asked == Counter((kind, *each) for kind in ("influence", "gradient") for each in questions)
+    known = world.manifest(again).jacobians
+    assert len(set(known)) == len(known) == (1 if more == "damping" else 2)
+
+
+def test_all_directions_answer_rather_than_some(world):
+    about = {"kinds": ("gradient", "influence"), "coordinates": ALL, "checkpoints": Checkpoints.END}
+    narrow = world.build("some", query_sets=("q",), rank=4, **about)
+    assert world.match(narrow, concept="v5").captured < 0.8
+    assert world.match(narrow, concept="v5", query_set="q", through=IndexKind.GRADIENT).captured < 0.8
+    extended = world.extend(narrow, query_sets=("q",))
+    expected = world.oracles[-1].embeddings(ConceptFunction.DOT, 1.0) @ V[5]
+    for through in (IndexKind.INFLUENCE, IndexKind.GRADIENT):
+        question = {"concept": "v5", "query_set": "q", "through": through}
+        assert world.match(extended, **question).captured == pytest.approx(1, abs=1e-5)
+        scores = world.lab.scores(extended, IDS, **question)
+        assert np.abs(scores - expected).max() <= 2e-2 * np.abs(expected).max()
 
 
 def test_the_same_question_twice_is_refused(world, gradient):
@@ -676,6 +836,81 @@ def test_fidelity_is_measured_on_examples_the_curvature_has_not_seen(world):
     assert len(fitted) == 10
     assert measured
     assert not any(rows & fitted for rows in measured)
+
+
+@pytest.fixture(scope="module")
+def coarse(world):
+    """Many questions of few coordinates: each has a fidelity of its own."""
+    return world.build(
+        "many",
+        layers=(1, LAYER),
+        kinds=("gradient", "influence"),
+        coordinates=200,
+        query_sets=("q",),
+        dampings=DAMPINGS,
+        concept_functions=tuple(ConceptFunction),
+        embedding_coordinates=150,
+        checkpoints=Checkpoints.END,
+    )
+
+
+@pytest.mark.parametrize("through", [IndexKind.GRADIENT, IndexKind.INFLUENCE])
+def test_an_answer_tells_the_fidelity_of_the_very_question_asked(world, coarse, through):
+    loader, told = IndexLoader(world.lab.storage, threads=1), {}
+    for concept, layer in (("v0", LAYER), ("lower", 1)):
+        for function in ConceptFunction:
+            for damping in DAMPINGS:
+                about = {"query_set": "q", "concept_function": function, "damping": damping, "through": through}
+                answer = world.ask(coarse, loader=loader, concept=concept, **about)
+                each = answer.fidelity
+                assert (each.array, each.query) == (answer.matched.array, "concept")
+                assert each.array.kind == through
+                assert (each.query_set, each.layer, each.function, each.damping) == ("q", layer, function, damping)
+                told[layer, function, damping] = each.mean
+    assert len(set(told.values())) == len(told) == 8  # a mix-up would be seen
+    for function in ConceptFunction:
+        for damping in DAMPINGS:
+            expected = world.oracles[-1].embeddings(function, damping) @ V.T
+            about = {"query_set": "q", "function": function, "damping": damping, "through": through}
+            measured = spearman(world.concept_scores(coarse, **about), expected).mean()
+            assert abs(told[LAYER, function, damping] - measured) < 0.08
+    assert max(told.values()) - min(told.values()) > 0.02
+
+
+def test_a_question_that_the_build_did_not_measure_has_no_fidelity(world, coarse):
+    loader = IndexLoader(world.lab.storage, threads=1)
+    about = {"concept": "v0", "query_set": "q", "through": IndexKind.GRADIENT}
+    assert world.ask(coarse, loader=loader, **about).fidelity.damping == 1.0  # the default one
+    assert world.ask(coarse, loader=loader, **about | {"damping": 5.0}).fidelity is None
+    world.lab.scores(coarse, IDS, concept="v0", query_set="other")  # the job
+    assert world.ask(coarse, loader=loader, **about | {"query_set": "other"}).fidelity is None
+
+
+def test_a_loss_query_tells_the_fidelity_of_loss_queries_at_the_damping_it_was_measured_at(world, coarse):
+    loader = IndexLoader(world.lab.storage, threads=1)
+    about = {"query_set": "loss", "method": Method.INFLUENCE_FUNCTION}
+    world.lab.scores(coarse, IDS, **about)  # the job
+    (told,) = [each for each in coarse.fidelity if each.query == "loss"]
+    for damping in (None, 1.0):
+        assert world.ask(coarse, loader=loader, **about, damping=damping).fidelity == told
+    assert (told.damping, told.query_set, told.layer, told.function) == (1.0, None, None, None)
+    assert world.ask(coarse, loader=loader, **about, damping=0.3).fidelity is None
+
+
+def test_an_activation_query_has_no_fidelity(world, run):
+    loader = IndexLoader(world.lab.storage, threads=1)
+    assert world.ask(run, loader=loader, concept="v0", method=Method.VECTOR_FILTER).fidelity is None
+
+
+@pytest.mark.parametrize(("about", "expected"), [({"projection_dim": 8}, 8), ({}, None)])
+def test_an_index_says_how_many_eigenvectors_it_kept(world, about, expected):
+    index = world.build("kept", kinds=("gradient",), **about)
+    assert world.manifest(index).p == expected
+
+
+def test_an_index_without_curvature_kept_no_eigenvectors(world):
+    index = world.build("plain", kinds=("activation",), projection_dim=8)
+    assert world.manifest(index).p is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, 33])
@@ -866,6 +1101,165 @@ def test_a_damaged_example_in_the_sample_of_the_curvature_is_set_aside_too(world
     assert index.counts.quarantined == 6
 
 
+SILENT = [make_example(f"{one} {other}", "") for one in "abcdefgh" for other in "abcdefgh"]
+PARTS = {"the last part": [*TRAIN[:64], SILENT[0]], "the first part": [*SILENT, *TRAIN[10:74]]}  # of 64 at most
+
+
+@pytest.mark.parametrize("where", PARTS)
+def test_a_part_of_the_sample_with_nothing_to_predict_changes_nothing(world, where):
+    lab, examples = world.lab, PARTS[where]
+    about = {"examples": 4096, "seed": SEED, "labels": FactorLabels.SAMPLED, "positions": FactorPositions.TARGETS}
+
+    def build(name: str):
+        index, _ = lab.build(name, "m", name, LAYER, kinds=("gradient",), coordinates=ALL, curvature=about)
+        curvature = world.manifest(index).spec.gradient.projection.curvature
+        return world.rows(index, gradient_array(index)), artifacts.get(lab.storage, curvature).facts["examples"]
+
+    name = where.replace(" ", "-")
+    lab.dataset(name, examples)
+    lab.dataset(f"{name}-out", [one for one in examples if one not in SILENT])
+    world.tasks.clear()
+    ours, count = build(name)
+    parts = [task.rows for task in world.tasks if type(task.work).__name__ == "CovarianceWork"]
+    assert any(all(examples[row] in SILENT for row in rows) for rows in parts)  # a part of its own
+    theirs, expected = build(f"{name}-out")
+    assert count == expected == len(theirs) == 64
+    assert list(ours) == list(theirs)
+    assert off(np.stack([*ours.values()]), np.stack([*theirs.values()])) <= 1e-3
+
+
+def test_an_example_whose_squared_gradient_overflows_is_left_out_of_the_eigenvalues_alone(world):
+    """Its inputs and output gradients are finite, and so are their squares; those of their product are not.
+
+    It makes a part of its own: covariances have it, moments are empty.
+    """
+    model, channel = tiny.model("llama", vocab=len(TOKENIZER)), 3
+    first, words = model.base_model.layers[0], model.get_input_embeddings().weight.data
+    words[:, channel] = 0
+    words[TOKENIZER.convert_tokens_to_ids("x"), channel] = 2
+    first.input_layernorm.weight.data[channel] = 4e18
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(first.self_attn, name).weight.data[:, channel] = 0  # the model itself does not use it
+    model.get_output_embeddings().weight.data *= 1000  # steep losses
+    model.save_pretrained(world.root / "steep")
+    TOKENIZER.save_pretrained(world.root / "steep")
+    world.lab.model("steep", world.root / "steep")
+    world.lab.dataset("steep", [*TRAIN[:64], make_example("the x", "sat on the mat.")])
+    about = {"examples": 4096, "seed": SEED, "labels": FactorLabels.TRUE, "positions": FactorPositions.TARGETS}
+    world.tasks.clear()
+    index, _ = world.lab.build("steep", "steep", "steep", LAYER, kinds=("gradient",), curvature=about)
+    storage, counts = world.lab.storage, {"CovarianceWork": [], "MomentWork": []}
+    for task in world.tasks:
+        if type(task.work).__name__ in counts:
+            counts[type(task.work).__name__].append(artifacts.get(storage, task.key))
+    told = {name: [each.facts["examples"] for each in found] for name, found in counts.items()}
+    assert told == {"CovarianceWork": [64, 1], "MomentWork": [64, 0]}
+    curvature = world.manifest(index).spec.gradient.projection.curvature
+    assert artifacts.get(storage, curvature).facts["examples"] == 64
+
+
+def test_a_sample_with_nothing_to_predict_at_all_is_refused(world):
+    world.lab.dataset("silent", SILENT)
+    about = FITTED | {"positions": FactorPositions.TARGETS}
+    with pytest.raises(Invalid, match="'silent'") as refused:
+        world.lab.build("silent", "m", "silent", LAYER, kinds=("gradient",), curvature=about)
+    assert (refused.value.code, refused.value.param) == ("empty_sample", "dataset")
+
+
+@pytest.fixture(scope="module")
+def queried(world, damaged):
+    """Rows of query losses over a damaged model: ``queried(examples, mean=…, budget=…)``, and what is said."""
+    index, _ = world.lab.build("partly", "damaged", "partly", LAYER, **damaged.fields)
+    spec = world.manifest(index).spec
+    reading = Reading(**{name: getattr(spec, name) for name in Reading.__dataclass_fields__})
+    loaded = load(str(world.root / "damaged2"), "float32")
+    key = spec.gradient.projection.curvature
+
+    def rows(examples, *, mean, budget=4096):
+        work = LossRowsWork(replace(reading, token_budget=budget), key, LossReduction.MEAN, mean=mean)
+        tensors, facts = works.compute(work, world.lab.storage, loaded, examples)
+        return np.concatenate([each["rows"] for each in tensors.values()], axis=1), facts
+
+    return rows
+
+
+NOT_FINITE = [make_example("the z", "sat on"), make_example("the cat", "sat z mat.")]
+MIXED = [NOT_FINITE[0], *QUERIES[:2], make_example("the cat", ""), *QUERIES[2:], NOT_FINITE[1]]
+
+
+@pytest.mark.parametrize("budget", [4096, 40, 1], ids=["one batch", "some batches", "one by one"])
+def test_a_damaged_query_leaves_the_mean_of_the_others_and_is_told(queried, budget):
+    (expected,), facts = queried(QUERIES, mean=True)
+    assert facts == {"rows": 1, "examples": 6, "quarantined": 0}
+    (found,), facts = queried(MIXED, mean=True, budget=budget)
+    assert facts == {"rows": 1, "examples": 6, "quarantined": 3}
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    every, _ = queried(QUERIES, mean=False)
+    assert np.abs(every.mean(axis=0) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("budget", [4096, 40, 1], ids=["one batch", "some batches", "one by one"])
+def test_a_damaged_query_has_no_row_and_the_others_keep_their_order(queried, budget):
+    expected, _ = queried(QUERIES, mean=False)
+    assert len({tuple(row) for row in expected}) == len(QUERIES)
+    found, facts = queried(MIXED, mean=False, budget=budget)
+    assert facts == {"rows": 6, "examples": 6, "quarantined": 3}
+    assert off(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("left", [NOT_FINITE, SILENT[:3]], ids=["damaged", "silent"])
+def test_queries_of_which_none_is_left_have_a_mean_of_nothing_and_no_rows(queried, left):
+    (found,), facts = queried(left, mean=True)
+    assert not found.any()
+    assert facts == {"rows": 1, "examples": 0, "quarantined": len(left)}
+    with pytest.raises(Invalid) as refused:
+        queried(left, mean=False)
+    assert (refused.value.code, refused.value.param) == ("empty_query_set", "query_set")
+
+
+def chosen(world, index) -> set[tuple[str, int]]:
+    """The coordinates that a gradient index keeps: module and position."""
+    storage, key = world.lab.storage, world.manifest(index).spec.gradient.projection.basis
+    basis = artifacts.get(storage, key)
+    names = [name for name in artifacts.stems(basis) if name != SPECTRUM]
+    return {(name, int(i)) for name in names for i in artifacts.read(storage, basis, name)["index"]}
+
+
+def test_a_damaged_query_is_left_out_of_a_whole_build_and_told(world, damaged):
+    world.lab.dataset("mixed", [*QUERIES[:3], NOT_FINITE[0], *QUERIES[3:]])
+    fields = {"kinds": ("gradient", "influence"), "curvature": FITTED, "checkpoints": Checkpoints.END}
+    shaken, whole = (
+        world.lab.build("mixed", "damaged", "d", LAYER, query_sets=(name,), coordinates=400, **fields)[0]
+        for name in ("mixed", "q")
+    )
+    assert len(chosen(world, shaken) & chosen(world, whole)) > 390  # half of them by ∇L(Q)
+    ours, theirs = (world.matrix(index, embedding(index)) for index in (shaken, whole))
+    assert off(ours, theirs) <= 1 / 127 + 1e-4  # one step
+    found = world.match(shaken, concept="v0", query_set="mixed", through=IndexKind.GRADIENT)
+    assert (found.examples, found.quarantined) == (len(QUERIES), 1)
+    assert all(np.isfinite(each.mean) for each in shaken.fidelity)
+
+
+def test_a_query_set_without_answers_still_chooses_coordinates(world):
+    """Its loss says nothing, its activations do."""
+    world.lab.dataset("prompts", SILENT[:5])
+    index = world.build(
+        "unanswered",
+        kinds=("gradient", "influence"),
+        coordinates=500,
+        query_sets=("prompts",),
+        pooling=Pooling.ALL_MEAN,
+        checkpoints=Checkpoints.END,
+    )
+    oracle = world.oracles[-1]
+    tokens = oracle.tokens(SILENT[:5])
+    J = exact.jacobian_rows(oracle.loaded, oracle.modules, tokens, LAYER, Pooling.ALL_MEAN, ConceptFunction.DOT)
+    expected = -oracle.gradients @ exact.solve(oracle.factors, J, 1.0).T
+    assert off(world.matrix(index, embedding(index)), expected) <= INT8
+    assert world.rows(index, gradient_array(index))
+    assert all(np.isfinite(each.mean) for each in index.fidelity)
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -928,7 +1322,7 @@ def test_a_build_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(worl
 
 
 READING = Reading("weights", "tokenizer", 128, LongExamples.TRUNCATE_RIGHT, 4096, "float32")
-BASE = CurvatureSpec(40, 0, FactorLabels.SAMPLED, FactorPositions.ALL, None)
+BASE = CurvatureSpec(40, 0, FactorLabels.SAMPLED, FactorPositions.ALL)
 CHANGES = {
     "weights": ({"model_fingerprint": "others"}, {}, {}),
     "tokenizer": ({"tokenizer_fingerprint": "another"}, {}, {}),
@@ -939,18 +1333,22 @@ CHANGES = {
     "sample size": ({}, {"examples": 41}, {}),
     "labels": ({}, {"labels": FactorLabels.TRUE}, {}),
     "positions": ({}, {"positions": FactorPositions.TARGETS}, {}),
-    "eigenvectors kept": ({}, {"p": 4}, {}),
-    "blocks": ({}, {}, {"blocks": 1}),
+    "blocks": ({}, {}, {"tracked": Tracked(1)}),
+    "modules": ({}, {}, {"tracked": Tracked(2, "attn")}),
+    "stride": ({}, {}, {"tracked": Tracked(2, stride=2)}),
     "dataset": ({}, {}, {"dataset": "q"}),
 }
 
 
-def curvature_key(world, monkeypatch, reading=READING, spec=BASE, blocks=2, dataset="d") -> str:
+TRACKED = Tracked(2)
+
+
+def curvature_key(world, monkeypatch, reading=READING, spec=BASE, tracked=TRACKED, dataset="d") -> str:
     asked: list[str] = []
     monkeypatch.setattr(artifacts, "find", lambda _storage, key: asked.append(key) or object())
     stages = Stages(world.lab.storage, None, None)
     record = world.lab.registry.get(DATASETS, dataset)
-    found = stages.curvature(Location("anywhere", "anywhere"), reading, blocks, spec, record)
+    found = stages.curvature(Location("anywhere", "anywhere"), reading, tracked, spec, record)
     monkeypatch.undo()
     assert asked == [found]
     return found

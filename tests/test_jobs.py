@@ -15,9 +15,10 @@ from service.jobs import Claim, Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.specs import FitConceptSpec
 from service.terms import TERMINAL, JobKind, JobState, LongExamples
-from service.work import GradientSpec, PassSpec
+from service.work import GradientSpec, PassSpec, Reading, Tracked
 
-PASS = PassSpec("f", "t", 128, LongExamples.TRUNCATE_LEFT, 8192, "float32", None, GradientSpec(2), None)
+READING = Reading("f", "t", 128, LongExamples.TRUNCATE_LEFT, 8192, "float32")
+PASS = PassSpec(**vars(READING), activation=None, gradient=GradientSpec(Tracked(2)), objective=None)
 SPEC = FitConceptSpec("c", "m", "positive", "negative", PASS, 256)
 LONG = 60.0  # a lease that does not run out in these tests
 AT_ONCE = 0.0  # as a lease: whoever holds the job, it is taken over

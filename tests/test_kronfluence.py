@@ -67,7 +67,7 @@ def fitted(loaded, train):
         curvature.add_covariances(covariances, modules, loaded.model, batch, **LOSS)
     sides = {}
     for name, each in covariances.items():
-        U_S, U_A = (curvature.eigenvectors(side.numpy(), len(side))[0] for side in (each.out, each.into))
+        U_S, U_A = (curvature.eigenvectors(side.numpy())[0] for side in (each.out, each.into))
         sides[name] = Sides(torch.from_numpy(U_S.copy()), torch.from_numpy(U_A.copy()))
     for _, batch in batches(train):
         curvature.add_moments(moments, modules, sides, loaded.model, batch, **LOSS)
@@ -141,9 +141,9 @@ def test_eigenspaces_are_the_same(fitted, stored):
 def test_lambda_is_the_same(fitted, stored, result, train):
     _, _, moments = fitted
     for name, each in moments.items():
-        ours, theirs = each.square / len(train), stored[f"{name}.lambda"].flip(0, 1)
+        ours, theirs = each / len(train), stored[f"{name}.lambda"].flip(0, 1)
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
-        assert float(each.norm) / len(train) == pytest.approx(result["lambda"][name]["trace"], rel=1e-4)
+        assert float(each.sum()) / len(train) == pytest.approx(result["lambda"][name]["trace"], rel=1e-4)
         assert ours.mean() == pytest.approx(result["lambda"][name]["mean"], rel=1e-4)
 
 
@@ -156,7 +156,7 @@ def test_scores_are_the_same_at_every_damping(fitted, coordinates, result, train
     sign = -1 if kind == "concept" else 1  # positive: training on it raises f_v, or lowers the loss
     ours = torch.zeros(result["queries"], len(train), dtype=torch.float64)
     for name, each in moments.items():
-        square = each.square / len(train)
+        square = each / len(train)
         delta = damping * square.mean() if relative else damping
         ours += sign * torch.einsum("qoi,noi->qn", queries[kind][name] / (square + delta), examples[name])
     theirs = np.load(STORED / f"scores_{kind}.npy")[row]
@@ -186,7 +186,7 @@ def test_the_jacobian_gives_the_same_concept_scores(loaded, fitted, coordinates,
     assert len(J) == 14  # blocks 1 and 2
     embeddings = 0
     for name, rows in J.items():
-        square = (moments[name].square / len(train)).flatten()
+        square = (moments[name] / len(train)).flatten()
         embeddings -= examples[name].flatten(1) @ (rows / len(queries) / (square + square.mean())).T
     theirs = np.load(STORED / "scores_concept.npy")[3].mean(axis=0)
     assert np.abs((embeddings @ v).numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()

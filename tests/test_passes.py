@@ -17,7 +17,7 @@ from service.contracts import ArrayInfo, Completion, Content, Example, PlainText
 from service.datasets import example_id
 from service.errors import Invalid
 from service.terms import IndexKind, LongExamples, LossReduction, Pooling
-from service.work import ActivationSpec, ConceptObjective, GradientSpec, PassSpec, Rademacher
+from service.work import ActivationSpec, ConceptObjective, GradientSpec, PassSpec, Rademacher, Tracked
 from tests import tiny
 from tests.tiny import activation_of, chat, loss_of, oracle_rows
 from workers import passes, readout
@@ -44,7 +44,7 @@ BASIC = PassSpec(
     model_fingerprint="m",
     tokenizer_fingerprint="t",
     activation=ActivationSpec(LAYERS, Pooling.RESPONSE_MEAN),
-    gradient=GradientSpec(blocks=tiny.BLOCKS, projection=Rademacher(p=4, seed=5)),
+    gradient=GradientSpec(Tracked(tiny.BLOCKS), projection=Rademacher(p=4, seed=5)),
     objective=None,
     max_length=40,
     long_examples=LongExamples.TRUNCATE_RIGHT,
@@ -110,7 +110,7 @@ def test_a_concept_pass_gives_the_gradient_of_the_concept_at_its_layer(llama):
     tokens = [tokenise(example.content, llama.tokenizer) for example in EXAMPLES]
     assert len(result.ids) == len(EXAMPLES)  # without targets, too: nothing is trained on
     activation, v = activation_of(llama, 2, Pooling.LAST_TOKEN), torch.tensor(direction, dtype=torch.float32)
-    tracked = readout.make(llama, replace(spec, gradient=replace(BASIC.gradient, blocks=2)), None).sides
+    tracked = readout.make(llama, replace(spec, gradient=replace(BASIC.gradient, tracked=Tracked(2))), None).sides
     expected, _ = oracle_rows(llama, tracked, tokens, lambda one: activation(one) @ v)
     rows = gradients(result)
     assert off(rows[:, : expected.shape[1]], expected.numpy()) <= 1e-4
@@ -118,7 +118,7 @@ def test_a_concept_pass_gives_the_gradient_of_the_concept_at_its_layer(llama):
 
 
 def test_projections_are_seeded_signs_no_larger_than_the_module(llama):
-    spec = replace(BASIC, gradient=GradientSpec(1, Rademacher(p=20, seed=9)))
+    spec = replace(BASIC, gradient=GradientSpec(Tracked(1), Rademacher(p=20, seed=9)))
     for name, side in readout.make(llama, spec, None).sides.items():
         d_out, d_in = shape(llama.linear_maps(1)[name])
         assert torch.equal(side.out, signs(9, name, "out", min(20, d_out), d_out))
@@ -296,6 +296,16 @@ def test_a_broken_embedding_that_only_padding_would_use_harms_nobody():
     assert run(loaded, BASIC).ids == whole.ids
 
 
+@family
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_and_not_looked_up(family):
+    tokenizer, spec = tiny.byte_pairs(), replace(BASIC, max_length=1000)
+    highest = max(int(tokenise(example.content, tokenizer).ids.max(initial=0)) for example in EXAMPLES)
+    assert run(tiny.loaded(family, tokenizer, vocab=highest + 1), spec).ids
+    with pytest.raises(Invalid, match=f"token {highest}, but .* knows {highest}:") as refused:
+        run(tiny.loaded(family, tokenizer, vocab=highest), spec)
+    assert (refused.value.code, refused.value.param) == ("vocabulary_too_small", "checkpoints")
+
+
 def test_a_gradient_that_vanishes_is_set_aside(llama):
     llama.model.lm_head.weight.data.zero_()
     assert set(reasons(run(llama, replace(BASIC, activation=None))).values()) == {
@@ -443,3 +453,42 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path, family):
 
 def test_a_missing_folder_is_refused(tmp_path):
     refuse(tmp_path / "nowhere")
+
+
+# --- which maps are tracked -------------------------------------------------------------------------------
+
+
+@family
+def test_attention_and_mlp_together_are_everything(family):
+    loaded = tiny.loaded(family)
+    attention, mlp = (set(loaded.tracked(Tracked(tiny.BLOCKS, name))) for name in ("attn", "mlp"))
+    assert attention and mlp and attention.isdisjoint(mlp)
+    assert attention | mlp == set(loaded.tracked(Tracked(tiny.BLOCKS))) == set(loaded.linear_maps(tiny.BLOCKS))
+
+
+@pytest.mark.parametrize(("blocks", "stride", "kept"), [(3, 1, "012"), (3, 2, "02"), (2, 2, "1"), (3, 3, "2")])
+def test_a_stride_counts_back_from_the_deepest_block(llama, blocks, stride, kept):
+    names = llama.tracked(Tracked(blocks, stride=stride))
+    assert {name.split(".")[2] for name in names} == set(kept)
+
+
+def test_a_pattern_is_found_in_the_name_inside_the_block(llama):
+    found = llama.tracked(Tracked(2, "q_proj, v_proj,down"))
+    assert {name.split(".", 3)[3] for name in found} == {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"}
+
+
+def test_a_pattern_that_fits_nothing_is_refused_with_the_names_there_are(llama):
+    with pytest.raises(Invalid, match=r"mlp\.down_proj.*self_attn\.q_proj") as refused:
+        llama.tracked(Tracked(2, "query"))
+    assert (refused.value.code, refused.value.param) == ("no_modules", "modules")
+
+
+def test_rows_of_some_maps_are_the_columns_of_all(llama):
+    of_all, of_some = (
+        GradientSpec(tracked, Rademacher(p=3, seed=5)) for tracked in (Tracked(3), Tracked(3, "mlp", 2))
+    )
+    whole, some = (gradients(run(llama, replace(BASIC, gradient=gradient))) for gradient in (of_all, of_some))
+    names, chosen = list(llama.linear_maps(3)), llama.tracked(of_some.tracked)
+    kept = [number for number, name in enumerate(names) if name in chosen]
+    expected = whole.reshape(len(whole), len(names), 9)[:, kept].reshape(len(whole), -1)
+    np.testing.assert_allclose(some, expected, rtol=1e-5, atol=1e-6)

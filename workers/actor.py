@@ -12,12 +12,24 @@ from service import artifacts, datasets, shards
 from service.contracts import DatasetRecord, Example
 from service.models import check_fingerprints
 from service.storage import Storage
-from service.work import Artifact, Location, PassSpec, Reading, ReadOffSpec, ShardManifest, SumSpec, Task
-from workers import derive, passes, readout, works
-from workers.models import Loaded, load
+from service.work import (
+    Artifact,
+    DifferenceSpec,
+    PassSpec,
+    Reading,
+    ReadOffSpec,
+    ShardManifest,
+    ShardWork,
+    SumSpec,
+    Task,
+)
+from workers import derive, differences, passes, readout, works
+from workers.models import Loaded, load_at
 from workers.passes import PassResult
 
 log = logging.getLogger(__name__)
+
+LOWERED = "token_budget"  # among the versions of a result: lowered since memory ran out
 
 Manifest = ShardManifest | Artifact
 
@@ -28,8 +40,9 @@ class Worker:
     def __init__(self, storage_root: str, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._storage = Storage(storage_root)
-        self._loaded: tuple[tuple[Location, str, str, str], Loaded] | None = None
+        self._loaded: tuple[object, Loaded] | None = None  # by what it was loaded from
         self._readout: tuple[PassSpec, readout.Readout] | None = None
         self._table: tuple[str, pa.Table] | None = None
 
@@ -45,22 +58,34 @@ class Worker:
         """
         if (there := find(self._storage, task)) is not None:
             return there
-        match task.work:
-            case PassSpec() as spec:
-                loaded = self._model(task, spec)
-                result = passes.run(loaded, self._reads(loaded, spec), spec, self._examples(task))
-                return self._publish_shard(task, result, shards.HALF if spec.objective is None else shards.SINGLE)
-            case SumSpec() as work:
-                return self._publish_shard(task, derive.total(self._storage, work), shards.INT8)
-            case ReadOffSpec() as work:
-                return self._publish_shard(task, derive.read_off(self._storage, work), shards.INT8)
-            case work:
-                reading: Reading | None = getattr(work, "reading", None)
-                loaded = self._model(task, reading) if reading is not None else None
-                tensors, facts = works.compute(work, self._storage, loaded, self._examples(task))
-                if (there := find(self._storage, task)) is not None:  # somebody else was faster
-                    return there
-                return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=passes.versions())
+        if isinstance(task.work, ShardWork):
+            return self._publish_shard(task, *self._rows(task, task.work))
+        reading: Reading | None = getattr(task.work, "reading", None)
+        loaded = self._model(task, reading) if reading is not None else None
+        tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
+        if (there := find(self._storage, task)) is not None:  # somebody else was faster
+            return there
+        return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions())
+
+    def _versions(self) -> dict[str, str]:
+        """What stands behind a result, a smaller token budget than the one asked for included."""
+        found = self._loaded[1].memory.tokens if self._loaded else None
+        return passes.versions() | ({LOWERED: str(found)} if found else {})
+
+    def _rows(self, task: Task, work: ShardWork) -> tuple[PassResult, str]:
+        """The rows of a shard, and how they are encoded."""
+        match work:
+            case PassSpec():
+                loaded = self._model(task, work)
+                result = passes.run(loaded, self._reads(loaded, work), work, self._examples(task))
+                return result, shards.HALF if work.objective is None else shards.SINGLE
+            case DifferenceSpec():
+                loaded = self._model(task, work)
+                return differences.run(loaded, self._storage, work, self._examples(task)), shards.HALF
+            case SumSpec():
+                return derive.total(self._storage, work), shards.INT8
+            case ReadOffSpec():
+                return derive.read_off(self._storage, work), shards.INT8
 
     def _publish_shard(self, task: Task, result: PassResult, encoding: str) -> Manifest:
         if (there := find(self._storage, task)) is not None:  # somebody else was faster
@@ -74,15 +99,16 @@ class Worker:
             quarantined=result.quarantined,
             truncated=result.truncated,
             tokens=result.tokens,
-            versions=passes.versions(),
+            versions=self._versions(),
         )
 
     def _model(self, task: Task, reading: Reading) -> Loaded:
         assert task.location is not None  # noqa: S101
-        key = (task.location, reading.model_fingerprint, reading.tokenizer_fingerprint, reading.dtype)
+        weights = (reading.model_fingerprint, reading.dtype, reading.lora)
+        key = (task.location, weights, reading.tokenizer_fingerprint)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = self._readout = None  # free the old model before the new one needs the memory
-            loaded = load(task.location.model_path, reading.dtype, tokenizer_path=task.location.tokenizer_path)
+            loaded = load_at(task.location, reading)
             # After loading, since a training run may write to the folder just now; before any row is stored.
             check_fingerprints(task.location, reading)
             self._loaded = (key, loaded)
@@ -106,7 +132,7 @@ class Worker:
 
 def find(storage: Storage, task: Task) -> Manifest | None:
     """The task's result, when it has been published."""
-    if isinstance(task.work, PassSpec | SumSpec | ReadOffSpec):
+    if isinstance(task.work, ShardWork):
         return shards.read_manifest(storage, task.key) if shards.exists(storage, task.key) else None
     return artifacts.find(storage, task.key)
 

@@ -7,14 +7,14 @@ the influence embeddings come from the same forward and backward.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from service import shards
+from service import models, shards
 from service.basis import STORED_DAMPING
 from service.contracts import ArrayInfo, Counts, DatasetRecord, Embedding, ModelRecord, Point
 from service.errors import Invalid
 from service.registry import DATASETS, Registry
-from service.specs import BuildIndexSpec, CachedJacobian, IndexManifest, InfluencePlan, Section
+from service.specs import BuildIndexSpec, CachedJacobian, DifferencePlan, IndexManifest, InfluencePlan, Section
 from service.storage import Storage
-from service.terms import ConceptFunction, IndexKind
+from service.terms import ConceptFunction, IndexKind, Lora
 from service.work import (
     ActivationSpec,
     BasisWork,
@@ -89,6 +89,8 @@ class Build:
         sections = [self._own_section(made[-1])]
         if questions:
             sections.append(self._summed(made, questions))
+        if spec.difference is not None:
+            sections.append(self._differences(made[-1], spec.difference))
         sections = [section for section in sections if section.arrays]
         end = made[-1]
         gradient = end_gradient(end)
@@ -107,7 +109,7 @@ class Build:
         eigen = spec.gradient is not None and spec.gradient.projection is None
         curvature = None
         if questions or (end and eigen):
-            curvature = self._stages.curvature(location, reading, spec.blocks, spec.curvature, self._dataset)
+            curvature = self._stages.curvature(location, reading, spec.tracked, spec.curvature, self._dataset)
         scouts = self._scouts(location, reading, curvature, questions) if spec.p and curvature else ()
         whole, curvature = curvature, self._stages.narrowed(curvature, spec.p, scouts) if curvature else None
         jacobians = {}
@@ -132,12 +134,12 @@ class Build:
                 assert curvature is not None  # noqa: S101
                 basis = self._basis(location, reading, curvature, jacobians, spec.gradient.coordinates)
                 projection = Eigen(curvature, basis)
-            gradient = GradientSpec(spec.blocks, projection, spec.loss_reduction)
+            gradient = GradientSpec(spec.tracked, projection, spec.loss_reduction)
         influence = None
         if questions:
             assert curvature is not None and spec.influence is not None  # noqa: S101
             heads = self._heads(curvature, jacobians)
-            influence = InfluenceSpec(spec.blocks, curvature, heads, spec.loss_reduction)
+            influence = InfluenceSpec(curvature, heads, spec.loss_reduction)
         activation = ActivationSpec(spec.layers, spec.pooling) if end and spec.activation else None
         work = PassSpec(
             **vars(reading), activation=activation, gradient=gradient, objective=None, influence=influence
@@ -218,6 +220,21 @@ class Build:
         arrays = tuple(summed(info, len(made)) for info in single)
         return Section(arrays, tuple(shards.reference(item) for item in found))
 
+    def _differences(self, end: AtPoint, plan: DifferencePlan) -> Section:
+        spec, answerer = self._spec, models.location(self._model, plan.answerer)
+        found = self._stages.differences(
+            end.location,
+            replace(end.reading, lora=Lora.MERGED),
+            plan,
+            answerer,
+            self._dataset,
+            layers=spec.layers,
+            pooling=spec.pooling,
+            size=spec.shard_size,
+        )
+        arrays = tuple(array.info for array in found[0].arrays)
+        return Section(arrays, tuple(shards.reference(item) for item in found))
+
     def _cached(self, end: AtPoint, gradient: GradientSpec) -> tuple[CachedJacobian, ...]:
         if not isinstance(gradient.projection, Eigen) or not end.jacobians:
             return ()
@@ -225,10 +242,11 @@ class Build:
         found = self._stages.artifacts("Jacobian of the index", works)
         plan = self._spec.influence
         assert plan is not None  # noqa: S101
-        return tuple(
+        known = [
             cached(question, plan, artifact.key, self._r.get(question.layer))
             for question, artifact in zip(end.jacobians, found, strict=True)
-        )
+        ]
+        return tuple(dict.fromkeys(known))  # one query set may have two names
 
     def _manifest(
         self, end: AtPoint, sections: tuple[Section, ...], jacobians: tuple[CachedJacobian, ...]
@@ -261,13 +279,14 @@ class Build:
             counts=counts,
             quarantine_reasons=reasons,
             jacobians=jacobians,
+            difference=spec.difference,
         )
 
 
 def _at(model: ModelRecord, spec: BuildIndexSpec, point: Point) -> tuple[Reading, Location]:
     """Checkpoints are read with the tokenizer of the model: a run has one."""
     reading = replace(spec.reading, model_fingerprint=point.fingerprint)
-    return reading, Location(point.path, model.path)
+    return reading, models.location(model, point)
 
 
 def end_gradient(end: AtPoint) -> GradientSpec | None:

@@ -35,14 +35,6 @@ class Covariance:
     out: Tensor
 
 
-@dataclass
-class Moments:
-    """Over examples: Σ C² (q_out, q_in), and Σ ‖G‖²_F of the whole gradient, discarded coordinates included."""
-
-    square: Tensor
-    norm: Tensor
-
-
 def uniforms(seed: int, example_id: str, length: int) -> np.ndarray:
     """(length,) numbers in [0, 1), one per position: keyed by the example, never by its batch."""
     key = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
@@ -118,58 +110,35 @@ def add_covariances(
 
 
 def add_moments(
-    sums: dict[str, Moments],
+    sums: dict[str, Tensor],
     modules: Mapping[str, nn.Module],
     sides: Mapping[str, Sides],
     model: nn.Module,
     batch: Batch,
     **loss: object,
 ) -> None:
-    """Add Σ C² and Σ ‖G‖² of the batch's examples to ``sums``.
-
-    With all eigenvectors ‖G‖ = ‖C‖; else ‖G‖² = Σ_tt' (a_t·a_t')(g_t·g_t'), and G is never built.
-    """
-
+    """Add Σ C² (d_out, d_in) over the batch's examples to ``sums``; ``sides`` hold all eigenvectors."""
     seen: set[str] = set()
 
-    def add(name: str, square: Tensor, norm: Tensor) -> None:
+    def add(name: str, C: Tensor) -> None:
         if name in seen:  # C must be summed over the calls before it is squared
             detail = f"{name} runs more than once in a forward pass; EK-FAC is not defined for shared maps."
             raise Invalid("module_reused", detail, param="model")
         seen.add(name)
-        if name in sums:
-            sums[name].square += square
-            sums[name].norm += norm
-        else:
-            sums[name] = Moments(square, norm)
-
-    def whole(name: str, C: Tensor) -> None:
         square = C.square().sum(0)
-        add(name, square, square.double().sum())
+        sums[name] = sums[name] + square if name in sums else square
 
-    def forward(name: str, inputs: Tensor) -> Tensor:
-        return inputs
-
-    def backward(name: str, inputs: Tensor, gradient: Tensor) -> None:
-        side = sides[name]
-        a, g = inputs.to(side.into.dtype), gradient.to(side.out.dtype)
-        C = (g @ side.out).transpose(1, 2) @ (a @ side.into)
-        gram = (a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))
-        add(name, C.square().sum(0), gram.double().sum())
-
-    full = {name: side for name, side in sides.items() if side.out.shape[0] * side.into.shape[0] == side.size}
-    part = {name: modules[name] for name in sides if name not in full}
-    with coordinates(modules, full, whole), taps(part, forward=forward, backward=backward):
+    with coordinates(modules, sides, add):
         factor_loss(model, batch, **loss).backward()  # pyright: ignore[reportArgumentType]
 
 
-def eigenvectors(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(d, count) eigenvectors of a symmetric matrix and their eigenvalues, largest first; float64.
+def eigenvectors(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(d, d) eigenvectors of a symmetric matrix, as columns, and their eigenvalues, largest first; float64.
 
     Each vector's largest entry is positive, so that the sign does not depend on the linear algebra library.
     """
     symmetric = torch.from_numpy((covariance + covariance.T) / 2).double()
     values, vectors = (found.numpy() for found in torch.linalg.eigh(symmetric))  # torch's threads, not numpy's
-    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    values, vectors = values[::-1], vectors[:, ::-1]
     peaks = np.abs(vectors).argmax(axis=0)
     return vectors * np.sign(vectors[peaks, np.arange(vectors.shape[1])]), values

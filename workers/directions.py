@@ -9,7 +9,6 @@ import numpy as np
 
 from service import concepts
 from service.contracts import DatasetRecord, ModelRecord
-from service.errors import Invalid
 from service.registry import CONCEPTS, Registry
 from service.rows import F32
 from service.specs import BuildIndexSpec
@@ -52,9 +51,6 @@ def choose(
             concept = registry.get(CONCEPTS, name, param="directions")
             if concept.layer == layer:
                 named.append(concepts.direction(stages.storage, concept))
-        if len(named) > plan.rank:
-            detail = f"{len(named)} concepts at layer {layer} do not fit into rank {plan.rank}."
-            raise Invalid("rank_too_small", detail, param="rank")
         of_layer = ActivationSpec((layer,), plan.pooling)
         activation = PassSpec(**vars(reading), activation=of_layer, gradient=None, objective=None)
         sample = sample_rows(stages.ids(dataset), spec.curvature.examples, spec.curvature.seed)

@@ -1,22 +1,30 @@
 """The Engine: what each kind of job does, in terms of stages over the worker pool."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from redis import Redis
 
-from service import artifacts, codec, concepts, indexes
+from service import artifacts, codec, concepts, indexes, models
 from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
 from service.errors import Invalid
-from service.models import check_fingerprints
+from service.matching import Asked, Missing, match
 from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
-from service.specs import BuildIndexSpec, ExtendIndexSpec, FitConceptSpec, IndexManifest, QueryGradientSpec
+from service.specs import (
+    BuildIndexSpec,
+    ExtendIndexSpec,
+    FitConceptSpec,
+    IndexManifest,
+    QueryGradientSpec,
+    TokenSharesSpec,
+)
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
-from service.work import ConceptObjective, Location, Reading
-from workers import passes, probes
+from service.work import ConceptObjective, Reading
+from workers import passes, probes, tokens
 from workers.build import Build
 from workers.extend import extend
 from workers.pool import Pool
@@ -43,14 +51,16 @@ class RayEngine:
                 return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
+            case JobKind.TOKEN_SHARES:
+                return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
 
     # --- jobs ---------------------------------------------------------------------------------------
 
     def _build_index(self, job: JobRecord, spec: BuildIndexSpec, stages: Stages) -> Mapping[str, Any]:
         model = self._model(spec.model, spec.reading)
         for point in spec.points[:-1] if spec.influence is not None else ():
-            reading = Reading(**{**vars(spec.reading), "model_fingerprint": point.fingerprint})
-            check_fingerprints(Location(point.path, model.path), reading, self._redis)
+            reading = replace(spec.reading, model_fingerprint=point.fingerprint)
+            models.check_fingerprints(models.location(model, point), reading, self._redis)
         dataset = self._registry.get(DATASETS, spec.dataset)
         return self._publish(job, Build(stages, self._registry, spec, model, dataset).run(), stages)
 
@@ -75,7 +85,7 @@ class RayEngine:
         (layer,), pooling = spec.pass_spec.activation.layers, spec.pass_spec.activation.pooling
         sides: list[F32] = []
         for stage, dataset in (("positive", positive), ("negative", negative)):
-            manifests = stages.rows(stage, _location(model), spec.pass_spec, dataset, size=spec.shard_size)
+            manifests = stages.rows(stage, models.location(model), spec.pass_spec, dataset, size=spec.shard_size)
             sides.append(stages.stored(manifests))
         probe = probes.fit(*sides)
         tensor = concepts.to_safetensors(probe.direction)
@@ -106,8 +116,9 @@ class RayEngine:
         return {"concept": spec.id, "auroc_held_out": probe.auroc_held_out, "norm": probe.norm}
 
     def _query_gradient(self, spec: QueryGradientSpec, stages: Stages) -> Mapping[str, Any]:
-        model, query_set = self._model(spec.model, spec.pass_spec), self._registry.get(DATASETS, spec.query_set)
-        manifests = stages.rows("query set", _location(model), spec.pass_spec, query_set, size=spec.shard_size)
+        location = models.location(self._model(spec.model, spec.pass_spec))
+        query_set = self._registry.get(DATASETS, spec.query_set)
+        manifests = stages.rows("query set", location, spec.pass_spec, query_set, size=spec.shard_size)
         rows = stages.stored(manifests)
         if not len(rows):
             raise Invalid("empty_query_set", f"No example of {query_set.id!r} can be used.", param="query_set")
@@ -119,12 +130,24 @@ class RayEngine:
         artifacts.publish(self._storage, spec.key, {"query": {"vector": vector}}, facts=facts)
         return {"coordinates": spec.key, **facts}
 
+    def _token_shares(self, spec: TokenSharesSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        manifest = indexes.read_manifest(self._storage, index)
+        model, dataset = self._model(index.model, manifest.spec), self._registry.get(DATASETS, index.dataset)
+        concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
+        vector = concepts.direction(self._storage, concept) if concept else None
+        query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
+        asked = Asked(spec.method, concept, vector, query_set, spec.function, spec.damping, spec.through)
+        found = match(self._storage, index, manifest, asked, shard_size=spec.shard_size)
+        if isinstance(found, Missing):
+            self._query_gradient(found.spec, stages)
+            found = match(self._storage, index, manifest, asked, shard_size=spec.shard_size)
+        assert not isinstance(found, Missing)  # noqa: S101  (it has just been made)
+        count = tokens.compute(stages, spec.key, manifest, model, dataset, found, spec.examples)
+        return {"shares": spec.key, "examples": count}
+
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""
         model = self._registry.get(MODELS, model_id, param="model")
-        check_fingerprints(_location(model), reading, self._redis)
+        models.check_fingerprints(models.location(model), reading, self._redis)
         return model
-
-
-def _location(model: ModelRecord) -> Location:
-    return Location(model.path, model.path)

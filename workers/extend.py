@@ -5,13 +5,13 @@ The training data is not read again, except for the few hundred examples on whic
 
 from dataclasses import replace
 
-from service import shards
+from service import models, shards
 from service.contracts import DatasetRecord, ModelRecord
 from service.errors import Invalid
 from service.registry import Registry
 from service.specs import CachedJacobian, ExtendIndexSpec, IndexManifest, Section
 from service.terms import IndexKind
-from service.work import Eigen, GatherWork, Location, PassSpec, Reading, ReadOffSpec
+from service.work import Eigen, GatherWork, PassSpec, ReadOffSpec
 from workers import fidelity
 from workers.build import AtPoint, Question, account, cached, embedding_array, list_questions
 from workers.stages import Stages
@@ -31,9 +31,8 @@ def extend(
         detail = f"Index {spec.source} holds no EK-FAC gradient coordinates to read embeddings off."
         raise Invalid("kind_not_indexed", detail, param="index")
     projection = gradient.projection
-    fields = Reading.__dataclass_fields__
-    reading = Reading(**{name: getattr(source.spec, name) for name in fields})
-    location = Location(model.path, model.path)
+    reading = source.spec.reading
+    location = models.location(model)
     number, own = next(
         (number, section)
         for number, section in enumerate(source.sections)

@@ -267,7 +267,7 @@ def _with_heads(point: "AtPoint", curvature: str, heads: tuple[Head, ...]) -> Pa
     assert isinstance(work, PassSpec)  # noqa: S101
     own = work.influence or work.gradient
     assert own is not None  # noqa: S101
-    influence = InfluenceSpec(own.blocks, curvature, heads, own.loss_reduction)
+    influence = InfluenceSpec(curvature, heads, own.loss_reduction)
     return PassSpec(**vars(point.reading), activation=None, gradient=None, objective=None, influence=influence)
 
 

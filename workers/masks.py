@@ -8,7 +8,8 @@ tokens are targets follows from character offsets.
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class Tokens:
         return len(self.ids)
 
     @property
+    def example(self) -> "Tokens":
+        """The whole example, which the weights of its tokens are shares of."""
+        return self
+
+    @property
     def predicted(self) -> NDArray[np.bool_]:
         """Targets with a loss: nothing predicts position 0."""
         mask = self.target.copy()
@@ -69,7 +75,7 @@ class Tokens:
             case Pooling.LAST_TOKEN:
                 mask = position == len(self) - 1
             case Pooling.LAST_PROMPT_TOKEN if self.has_prompt:
-                mask = position == self._last_answer() - 1
+                mask = position == self.last_answer - 1
             case _:
                 detail = "Pooling last_prompt_token needs a prompt; plain text has none."
                 raise Invalid("no_prompt", detail, param="pooling")
@@ -77,11 +83,59 @@ class Tokens:
             mask[:1] = False
         return mask
 
-    def _last_answer(self) -> int:
+    @property
+    def last_answer(self) -> int:
+        """Where the last answer begins; −1 when there is none."""
         if self.answer is not None:
             return self.answer
         starts = np.flatnonzero(self.target & ~np.concatenate([[False], self.target[:-1]]))
         return int(starts[-1]) if len(starts) else -1
+
+
+@dataclass(frozen=True)
+class Window(Tokens):
+    """A stretch of a longer example. ``index`` (T,): its positions there; ``counted`` (T,): False for tokens that
+    are repeated from before as context.
+    """
+
+    whole: Tokens = field(kw_only=True)
+    index: NDArray[np.int64] = field(kw_only=True)
+    counted: NDArray[np.bool_] = field(kw_only=True)
+
+    @property
+    def example(self) -> Tokens:
+        return self.whole
+
+    @property
+    def predicted(self) -> NDArray[np.bool_]:
+        return self.whole.predicted[self.index] & self.counted
+
+    def pooled(self, pooling: Pooling) -> NDArray[np.bool_]:
+        return self.whole.pooled(pooling)[self.index] & self.counted
+
+
+def split(tokens: Tokens, max_length: int) -> list[Tokens]:
+    """``tokens`` in windows of at most ``max_length``, or as they are when they fit.
+
+    A window begins with the token before it, so that its first is predicted as well, and with the BOS if there is
+    one: every target counts exactly once.
+    """
+    if len(tokens) <= max_length:
+        return [tokens]
+    found: list[Tokens] = []
+    start = 0  # the first token that no window has counted
+    while start < len(tokens):
+        context = [start - 1] if start else []
+        if tokens.bos and start > 1 and max_length > 2:
+            context = [0, *context]
+        stop = min(start + max_length - len(context), len(tokens))
+        index = np.array([*context, *range(start, stop)], dtype=np.int64)
+        counted = np.arange(len(index)) >= len(context)
+        target, bos = tokens.target[index] & counted, tokens.bos and index[0] == 0
+        part = Window(tokens.ids[index], target, bos, tokens.has_prompt, whole=tokens, index=index, counted=counted)
+        found.append(part)
+        start = stop
+    return found
 
 
 def tokenise(content: Content, tokenizer: PreTrainedTokenizerFast) -> Tokens:
@@ -100,8 +154,10 @@ def tokenise(content: Content, tokenizer: PreTrainedTokenizerFast) -> Tokens:
 
 
 def fit(tokens: Tokens, max_length: int, rule: LongExamples) -> Tokens | None:
-    """``tokens`` cut to ``max_length`` by the rule and marked so, or None when it is to be quarantined."""
-    if len(tokens) <= max_length:
+    """``tokens`` cut to ``max_length`` by the rule and marked so, or None when it is to be quarantined; what is to
+    be split stays whole here.
+    """
+    if len(tokens) <= max_length or rule == LongExamples.SPLIT_AND_SUM:
         return tokens
     if rule == LongExamples.QUARANTINE:
         return None
@@ -112,6 +168,21 @@ def fit(tokens: Tokens, max_length: int, rule: LongExamples) -> Tokens | None:
         kept[:1] = 0 if tokens.bos else kept[0]
     answer = None if tokens.answer is None else tokens.answer - int(kept[-1] - (max_length - 1))
     return replace(tokens, ids=tokens.ids[kept], target=tokens.target[kept], truncated=True, answer=answer)
+
+
+def last_answer_only(tokens: Tokens) -> Tokens:
+    """The same text with the last answer as its only target."""
+    return replace(tokens, target=tokens.target & (np.arange(len(tokens)) >= tokens.last_answer))
+
+
+def up_to_end(tokens: Tokens, ends: Sequence[int]) -> Tokens:
+    """Cut behind its last answer: at the first end token in it, else at its last target. A template may write a
+    line break, or further turns, that no answer of a model ends with.
+    """
+    targets = np.flatnonzero(tokens.target)
+    closing = targets[np.isin(tokens.ids[targets], ends)]
+    stop = int(closing[0] if len(closing) else targets[-1]) + 1
+    return replace(tokens, ids=tokens.ids[:stop], target=tokens.target[:stop])
 
 
 def _untemplated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast) -> Tokens:

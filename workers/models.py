@@ -1,18 +1,39 @@
 """Load a model and its tokenizer from a folder, safely: safetensors only, no remote code, nothing fetched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from service.adapters import WEIGHTS
 from service.errors import Invalid
+from service.terms import Lora
+from service.work import Location, Reading, Tracked
+
+# What users say for the sublayers of every family, and how these are named there.
+_SUBLAYERS = {"all": ("",), "attn": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2")}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Memory:
+    """What a batch may hold at most, as far as has been found out by running out of memory."""
+
+    tokens: int | None = None
+
+    def full(self, padded: int) -> None:
+        """A batch of so many padded tokens did not fit."""
+        self.tokens = max(1, min(padded // 2, self.tokens or padded))
+
+    def within(self, token_budget: int) -> int:
+        return min(token_budget, self.tokens or token_budget)
 
 
 @dataclass(frozen=True)
@@ -22,37 +43,46 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     device: torch.device
+    memory: Memory = field(default_factory=Memory)
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
-        """The residual blocks: the one ModuleList with as many entries as the model has layers."""
-        n_layers = self.model.config.get_text_config().num_hidden_layers
-        found = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == n_layers
-        ]
-        outermost = min((name.count(".") for name, _ in found), default=0)
-        found = [entry for entry in found if entry[0].count(".") == outermost]
-        if len(found) != 1:
-            names = ", ".join(name for name, _ in found) or "none"
-            raise Invalid(
-                "unknown_architecture",
-                f"Cannot tell the {n_layers} blocks of {type(self.model).__name__}: candidates {names}.",
-                param="model",
-            )
-        return list(found[0][1])
+        """The residual blocks."""
+        return find_blocks(self.model)
+
+    def tracked(self, wanted: Tracked) -> dict[str, nn.Module]:
+        """The linear maps that ``wanted`` names. Raises Invalid when there is none."""
+        asked = [word.strip() for word in wanted.modules.split(",")]
+        words = [part for word in asked for part in _SUBLAYERS.get(word, (word,))]
+        blocks = {self._names[id(block)] + "." for block in self.blocks[wanted.blocks - 1 :: -1][:: wanted.stride]}
+        found = {}
+        for name, module in self.linear_maps(wanted.blocks).items():
+            inside = next((block for block in blocks if name.startswith(block)), None)
+            if inside is not None and any(word in name.removeprefix(inside) for word in words):
+                found[name] = module
+        if not found:
+            names = sorted({name.split(".", 3)[-1] for name in self.linear_maps(wanted.blocks)})
+            detail = f"modules {wanted.modules!r} fits none of the linear maps of a block: {', '.join(names)}."
+            raise Invalid("no_modules", detail, param="modules")
+        return found
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name for name, module in self.model.named_modules()}
 
     def linear_maps(self, blocks: int) -> dict[str, nn.Module]:
         """Linear maps with 2-D weights inside blocks 1..blocks, by their name in the model.
 
-        nn.Linear and GPT-2's Conv1D; never embeddings, lm_head, norms or biases. Raises Invalid for
-        weights of three or more dimensions (fused experts) rather than leave them out.
+        nn.Linear and GPT-2's Conv1D; never embeddings, lm_head, norms or biases; where a LoRA is not merged, its
+        two maps instead. Raises Invalid for weights of three or more dimensions (fused experts) rather than leave
+        them out.
         """
-        prefix = {id(module): name for name, module in self.model.named_modules()}
         found: dict[str, nn.Module] = {}
+        adapted = any(".lora_A" in name for name in self._names.values())
         for block in self.blocks[:blocks]:
-            for name, module in block.named_modules(prefix=prefix[id(block)]):
+            for name, module in block.named_modules(prefix=self._names[id(block)]):
+                if adapted and ".lora_" not in name:
+                    continue
                 if isinstance(module, nn.Linear | Conv1D):
                     found[name] = module
                     continue
@@ -67,6 +97,60 @@ class Loaded:
         return found
 
 
+def load_at(location: Location, reading: Reading) -> Loaded:
+    """What ``reading`` reads with, from where it lies."""
+    return load(
+        location.model_path,
+        reading.dtype,
+        tokenizer_path=location.tokenizer_path,
+        adapter=location.adapter,
+        lora=reading.lora,
+    )
+
+
+def _adapted(model: Any, adapter: str, lora: Lora) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = tuple(f"{names[id(block)]}." for block in find_blocks(model))
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+        with safe_open(Path(adapter) / WEIGHTS, framework="pt") as opened:
+            held = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # "auto" asks the hub
+            differ = sorted(set(held) ^ set(opened.keys()))
+        added = [name for name, _ in wrapped.get_base_model().named_modules() if name.endswith(".lora_A")]
+        outside = [name for name in added if not name.startswith(blocks)]
+        if outside:
+            raise ValueError(f"{outside[0]} lies outside of the blocks: embeddings and heads are never tracked")
+        if differ:  # peft would leave such maps as they start, and say so in a log
+            raise ValueError(f"{len(differ)} maps are in one of them only, the first is {differ[0]}")
+        return wrapped.merge_and_unload(safe_merge=True) if lora == Lora.MERGED else wrapped.get_base_model()
+    except Exception as error:  # whatever an adapter that does not fit makes peft raise
+        detail = f"The LoRA {adapter} does not fit its base: {type(error).__name__}: {str(error)[:1000]}"
+        raise Invalid("model_does_not_load", detail, param="model") from error
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks: the one ModuleList with as many entries as the model has layers."""
+    config: Any = model.config
+    n_layers = config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    outermost = min((name.count(".") for name, _ in found), default=0)
+    found = [entry for entry in found if entry[0].count(".") == outermost]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise Invalid(
+            "unknown_architecture",
+            f"Cannot tell the {n_layers} blocks of {type(model).__name__}: candidates {names}.",
+            param="model",
+        )
+    return list(found[0][1])
+
+
 def shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear map; Conv1D stores its weight transposed."""
     weight: Any = module.weight
@@ -74,17 +158,25 @@ def shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def load(path: str, dtype: str, *, tokenizer_path: str | None = None) -> Loaded:
+def load(
+    path: str,
+    dtype: str,
+    *,
+    tokenizer_path: str | None = None,
+    adapter: str | None = None,
+    lora: Lora = Lora.MERGED,
+) -> Loaded:
     """Load from a local folder onto the GPU if this process has one; ``tokenizer_path``: where the tokenizer of a
-    whole run lies. Raises Invalid with the reason.
+    whole run lies; ``adapter``: the LoRA on these weights. Raises Invalid with the reason.
     """
     texts = tokenizer_path or path
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    merging = adapter is not None and lora == Lora.MERGED  # in float32: a LoRA's changes drown in half precision
     try:
         tokenizer = AutoTokenizer.from_pretrained(texts, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=DTYPES[dtype],
+            dtype=DTYPES["float32" if merging else dtype],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -100,6 +192,8 @@ def load(path: str, dtype: str, *, tokenizer_path: str | None = None) -> Loaded:
         raise Invalid("model_does_not_load", detail, param="model")
     if not (tokenizer.is_fast and (Path(texts) / "tokenizer.json").is_file()):
         raise Invalid("no_tokenizer", f"{texts} has no fast tokenizer (tokenizer.json).", param="model")
+    if adapter is not None:
+        model = _adapted(model, adapter, lora).to(DTYPES[dtype])
     model.requires_grad_(False)
     model.eval()
     return Loaded(model.to(device), tokenizer, device)

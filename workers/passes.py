@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from service.contracts import ArrayInfo, Example, Quarantined
+from service.errors import Invalid
 from service.rows import F32
 from service.terms import IndexKind, LossReduction, Pooling
 from service.work import ConceptObjective, PassSpec
@@ -49,18 +50,23 @@ def versions() -> dict[str, str]:
 def run(loaded: Loaded, readout: Readout, spec: PassSpec, examples: Sequence[Example]) -> PassResult:
     """Rows for ``examples`` as ``spec`` says. Raises Invalid when the model cannot do what is asked."""
     trains = bool(readout.sides) and not isinstance(spec.objective, ConceptObjective)
-    prepared = prepare(loaded, spec, examples, trains=trains, pooling=_pooling(spec))
+    prepared = prepare(loaded, spec, examples, trains=trains, pooling=_pooling(spec), windows=True)
     aside, tokens = prepared.aside, prepared.tokens
     rows: dict[int, dict[ArrayInfo, F32]] = {}
-    for members, batch in prepared.batches(loaded, spec, pooling=_pooling(spec), reduction=_reduction(spec)):
-        computed = _compute(loaded, readout, spec, batch)
+    about = {"pooling": _pooling(spec), "reduction": reduction_of(spec)}
+
+    def compute(_members: list[int], batch: Batch) -> dict[ArrayInfo, F32]:
+        return _compute(loaded, readout, spec, batch)
+
+    for members, computed in prepared.each(loaded, spec, compute, **about):
         for row, position in enumerate(members):
-            own = {info: values[row] for info, values in computed.items()}
-            if reason := _unstorable(own, zero_allowed=spec.objective is not None):
-                aside[position] = Quarantined(examples[position].id, *reason)
-            else:
-                rows[position] = own
-    kept = sorted(rows)
+            own = rows.setdefault(position, {})
+            for info, values in computed.items():  # windows of one example add up
+                own[info] = own[info] + values[row] if info in own else values[row]
+    for position, own in rows.items():
+        if reason := _unstorable(own, zero_allowed=spec.objective is not None):
+            aside.setdefault(position, Quarantined(examples[position].id, *reason))
+    kept = sorted(set(rows) - set(aside))
     return PassResult(
         ids=tuple(examples[position].id for position in kept),
         arrays={
@@ -88,7 +94,7 @@ def _pooling(spec: PassSpec) -> Pooling | None:
     return spec.activation.pooling if spec.activation else None
 
 
-def _reduction(spec: PassSpec) -> LossReduction:
+def reduction_of(spec: PassSpec) -> LossReduction:
     chosen = spec.gradient or spec.influence
     return chosen.loss_reduction if chosen else LossReduction.MEAN
 
@@ -107,6 +113,9 @@ def _compute(loaded: Loaded, readout: Readout, spec: PassSpec, batch: Batch) -> 
         if objective is not None:
             run_until(loaded.model, batch.ids)
             pooled = concept_values(outputs[objective.layer], batch, objective.function)
+            if not pooled.requires_grad:
+                detail = f"No tracked map lies in blocks 1 to {objective.layer}: f_v there has no gradient."
+                raise Invalid("nothing_tracked", detail, param="concept")
             (pooled @ torch.tensor(objective.vector, dtype=pooled.dtype, device=pooled.device)).sum().backward()
         elif readout.sides:
             losses(loaded.model, batch).sum().backward()

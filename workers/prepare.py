@@ -1,41 +1,73 @@
 """From examples to batches: tokenise, mask, fit into the context, or say why an example cannot run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.contracts import Example, Quarantined
 from service.errors import Invalid
-from service.terms import LossReduction, Pooling
+from service.terms import LongExamples, LossReduction, Pooling
 from service.work import Reading
-from workers.batches import Batch, collate, plan
-from workers.masks import Tokens, UnrenderableError, fit, tokenise
+from workers.batches import BATCH_COST, Batch, collate, plan
+from workers.masks import Tokens, UnrenderableError, fit, split, tokenise
 from workers.models import Loaded
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """``tokens`` by position among the examples that were given; the others are in ``aside``."""
+    """``tokens`` by position among the ``examples`` that were given; the others are in ``aside``."""
 
+    examples: Sequence[Example]
     tokens: dict[int, Tokens]
     aside: dict[int, Quarantined]
 
-    def batches(
-        self, loaded: Loaded, reading: Reading, *, pooling: Pooling | None, reduction: LossReduction
-    ) -> Iterator[tuple[list[int], Batch]]:
-        """Positions and the batch they run in, by the plan that lengths and token budget decide."""
-        positions = list(self.tokens)
-        for group in plan([len(self.tokens[position]) for position in positions], reading.token_budget):
-            members = [positions[i] for i in group]
-            yield members, self.batch(loaded, members, pooling=pooling, reduction=reduction)
+    def each(
+        self,
+        loaded: Loaded,
+        reading: Reading,
+        compute: Callable[[list[int], Batch], T],
+        *,
+        pooling: Pooling | None,
+        reduction: LossReduction,
+    ) -> Iterator[tuple[list[int], T]]:
+        """What ``compute`` gives for every batch, and the positions in it: an example in windows stands in several.
 
-    def batch(
-        self, loaded: Loaded, members: Sequence[int], *, pooling: Pooling | None, reduction: LossReduction
-    ) -> Batch:
-        """These positions as one batch."""
-        chosen = [self.tokens[position] for position in members]
-        return collate(chosen, pooling=pooling, reduction=reduction, device=loaded.device)
+        When a batch does not fit into memory, it and what is left are planned again with half its size, and so is
+        every later one on this model. Raises Invalid for an example that does not fit alone: to set it aside would
+        make the result depend on who else used the memory.
+        """
+        pieces = self._pieces(reading, pooling)
+        waiting = _planned(loaded, reading, pieces, range(len(pieces)))
+        while waiting:
+            group, waiting = waiting[0], waiting[1:]
+            members = [pieces[row][0] for row in group]
+            chosen = [pieces[row][1] for row in group]
+            try:
+                batch = collate(chosen, pooling=pooling, reduction=reduction, device=loaded.device)
+                found = compute(members, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                found = None  # and no longer inside the handler, whose traceback holds on to the tensors
+            if found is not None:
+                yield members, found
+                continue
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            padded, budget = len(group) * max(map(len, chosen)), loaded.memory.within(reading.token_budget)
+            if len(group) == 1 and budget <= padded:
+                raise self._too_large(members[0], chosen[0])
+            # A Jacobian repeats its batch up to the budget: a single example may fit with fewer copies.
+            loaded.memory.full(padded if len(group) > 1 else budget)
+            left = [row for rest in (group, *waiting) for row in rest]
+            waiting = _planned(loaded, reading, pieces, left)
 
     def finite(
         self,
@@ -53,46 +85,98 @@ class Prepared:
         sums: dict[str, list[Tensor]] = {}
         used: list[int] = []
 
-        def add(members: list[int], batch: Batch) -> bool:
-            found = compute(members, batch)
-            if not all(bool(each.isfinite().all()) for values in found.values() for each in values):
-                return False
-            for name, values in found.items():
-                if name in sums:
-                    sums[name] = [total.add_(value) for total, value in zip(sums[name], values, strict=True)]
-                else:
-                    sums[name] = list(values)
-            used.extend(members)
-            return True
+        def add(prepared: Prepared, again: bool) -> None:
+            about = {"pooling": pooling, "reduction": reduction}
+            for members, found in prepared.each(loaded, reading, compute, **about):
+                if all(bool(each.isfinite().all()) for values in found.values() for each in values):
+                    for name, values in found.items():
+                        known = sums.get(name)
+                        pairs = zip(known, values, strict=True) if known else ()
+                        sums[name] = [total.add_(value) for total, value in pairs] or list(values)
+                    used.extend(members)
+                elif again:
+                    for position in members:
+                        add(Prepared(self.examples, {position: self.tokens[position]}, self.aside), False)
 
-        for members, batch in self.batches(loaded, reading, pooling=pooling, reduction=reduction):
-            if not add(members, batch) and len(members) > 1:
-                for position in members:
-                    add([position], self.batch(loaded, [position], pooling=pooling, reduction=reduction))
+        add(self, True)
         return sums, used
+
+    def _pieces(self, reading: Reading, pooling: Pooling | None) -> list[tuple[int, Tokens]]:
+        """Position and tokens of every example, or of each of its windows that counts for anything."""
+        pieces = []
+        for position, tokens in self.tokens.items():
+            windows = split(tokens, reading.max_length)
+            for window in windows:
+                pooled = pooling is not None and window.pooled(pooling).any()
+                if len(windows) == 1 or pooled or window.predicted.any():
+                    pieces.append((position, window))
+        return pieces
+
+    def _too_large(self, position: int, tokens: Tokens) -> Invalid:
+        example = self.examples[position]
+        return Invalid(
+            "out_of_memory",
+            f"Example {example.id} does not fit into a worker's memory: {len(tokens)} tokens at once. Lower "
+            "max_length, use WHENCE_DTYPE=bfloat16, track fewer modules, or leave the example out.",
+            param="dataset",
+            context={"example": example.id},
+        )
+
+
+def _planned(
+    loaded: Loaded, reading: Reading, pieces: Sequence[tuple[int, Tokens]], rows: Sequence[int]
+) -> list[list[int]]:
+    """``rows`` of the pieces in batches, by lengths and what fits."""
+    lengths = [len(pieces[row][1]) for row in rows]
+    cost = BATCH_COST.get(loaded.device.type, BATCH_COST["cuda"])
+    budget = loaded.memory.within(reading.token_budget)
+    return [[rows[place] for place in group] for group in plan(lengths, budget, cost)]
+
+
+_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is the device's, or the machine's, memory being full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _FULL)
 
 
 def prepare(
-    loaded: Loaded, reading: Reading, examples: Sequence[Example], *, trains: bool, pooling: Pooling | None
+    loaded: Loaded,
+    reading: Reading,
+    examples: Sequence[Example],
+    *,
+    trains: bool,
+    pooling: Pooling | None,
+    windows: bool = False,
 ) -> Prepared:
-    """``trains``: an example without a token to predict is set aside; ``pooling``: one without a token to pool."""
-    found = Prepared({}, {})
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    """``trains``: an example without a token to predict is set aside; ``pooling``: one without a token to pool;
+    ``windows``: the caller adds up the windows of a split example. Elsewhere such an example is cut on the right.
+    """
+    if reading.long_examples == LongExamples.SPLIT_AND_SUM and not windows:
+        reading = replace(reading, long_examples=LongExamples.TRUNCATE_RIGHT)
+    found = Prepared(examples, {}, {})
     for position, example in enumerate(examples):
         ready = _one(loaded, reading, example, trains, pooling)
         if isinstance(ready, Quarantined):
             found.aside[position] = ready
         else:
-            if ready.ids.max(initial=0) >= vocabulary:
-                raise Invalid(
-                    "vocabulary_too_small",
-                    f"The tokenizer gives token {ready.ids.max()}, but the model of fingerprint "
-                    f"{reading.model_fingerprint[:12]} knows {vocabulary}: a base or checkpoint from before the "
-                    "vocabulary grew. Build with checkpoints 'end', or declare others.",
-                    param="checkpoints",
-                )
+            check_vocabulary(loaded, reading, ready.ids)
             found.tokens[position] = ready
     return found
+
+
+def check_vocabulary(loaded: Loaded, reading: Reading, ids: NDArray[np.int64]) -> None:
+    """Raise Invalid for a token that the model has no embedding for: looked up on a GPU it would end the worker."""
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    if ids.max(initial=0) >= vocabulary:
+        raise Invalid(
+            "vocabulary_too_small",
+            f"The tokenizer gives token {ids.max()}, but the model of fingerprint {reading.model_fingerprint[:12]} "
+            f"knows {vocabulary}: a base or checkpoint from before the vocabulary grew. Build with checkpoints "
+            "'end' and without kind 'difference', or declare others.",
+            param="checkpoints",
+        )
 
 
 def _one(

@@ -12,7 +12,7 @@ from service.basis import SPECTRUM
 from service.contracts import ArrayInfo
 from service.storage import Storage
 from service.terms import IndexKind
-from service.work import Eigen, PassSpec, Rademacher
+from service.work import Eigen, PassSpec, Rademacher, Tracked
 from workers import eigenbasis
 from workers.gradients import Sides
 from workers.models import Loaded, shape
@@ -82,12 +82,12 @@ def make(loaded: Loaded, spec: PassSpec, storage: Storage | None) -> Readout:
     if gradient is None and influence is None:
         return EMPTY
     if gradient is not None and isinstance(gradient.projection, Rademacher):
-        return _rademacher(loaded, gradient.blocks, gradient.projection)
+        return _rademacher(loaded, gradient.tracked, gradient.projection)
     assert storage is not None  # noqa: S101  (only a rademacher pass runs without)
     eigen = gradient.projection if gradient is not None else None
     chosen = influence or eigen
     assert chosen is not None and not isinstance(chosen, Rademacher)  # noqa: S101
-    sides = eigenbasis.sides(storage, chosen.curvature, loaded.device)
+    sides = _beside(loaded, eigenbasis.sides(storage, chosen.curvature, loaded.device))
     gathers: dict[str, Gather] = {}
     array = None
     if isinstance(eigen, Eigen):
@@ -113,16 +113,26 @@ def lines(storage: Storage, key: str, sides: Mapping[str, Sides], device: torch.
     return found
 
 
-def _rademacher(loaded: Loaded, blocks: int, chosen: Rademacher) -> Readout:
+def _rademacher(loaded: Loaded, tracked: Tracked, chosen: Rademacher) -> Readout:
     sides, gathers, start = {}, {}, 0
-    for name, module in loaded.linear_maps(blocks).items():
+    for name, module in loaded.tracked(tracked).items():
         d_out, d_in = shape(module)
         out = signs(chosen.seed, name, "out", min(chosen.p, d_out), d_out)
         into = signs(chosen.seed, name, "in", min(chosen.p, d_in), d_in)
         sides[name] = Sides(out.to(loaded.device), into.to(loaded.device))
         gathers[name] = Gather(start, sides[name].size)
         start += sides[name].size
-    return Readout(sides, gathers, ArrayInfo(IndexKind.GRADIENT, None, start), ())
+    return Readout(_beside(loaded, sides), gathers, ArrayInfo(IndexKind.GRADIENT, None, start), ())
+
+
+def _beside(loaded: Loaded, sides: Mapping[str, Sides]) -> dict[str, Sides]:
+    """In bfloat16 beside a bfloat16 model, twice as fast on CPUs and far more on GPUs: what is projected carries
+    such rounding already, and no score's rank moves by it (benchmarks/precision.py). Gradients in float16 would
+    underflow.
+    """
+    if next(loaded.model.parameters()).dtype != torch.bfloat16:
+        return dict(sides)
+    return {name: Sides(side.out.bfloat16(), side.into.bfloat16()) for name, side in sides.items()}
 
 
 def _gathers(storage: Storage, basis: str, sides: Mapping[str, Sides], device: torch.device) -> dict[str, Gather]:

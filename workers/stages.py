@@ -5,6 +5,7 @@ Everything is found again by its key, so each step is its own checkpoint.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from service import artifacts, codec, datasets, shards
 from service.contracts import DatasetRecord, JobContext
 from service.errors import Invalid
 from service.rows import F32
+from service.specs import DifferencePlan
 from service.storage import Storage
 from service.terms import ConceptFunction, Pooling
 from service.work import (
     FORMAT,
+    AnswersWork,
     Artifact,
     ArtifactWork,
     CovarianceWork,
     CurvatureSpec,
+    DifferenceSpec,
     EigenWork,
     JacobianWork,
     LambdaWork,
@@ -32,13 +36,15 @@ from service.work import (
     ShardManifest,
     ShardWork,
     Task,
+    Tracked,
 )
-from workers.actor import find
+from workers.actor import LOWERED, find
 from workers.eigenbasis import EIGEN, LAMBDA, modules
 from workers.pool import Pool
 
 _PARTS = 8  # of the curvature's sample: sums are kept by part until they are reduced
 _SMALLEST_PART = 64
+_ANSWERS = 32  # examples per task: generating is slow, and what is done is kept
 _ROWS = 32  # of J per task: each repeats the forward, which is small beside 32 backwards
 
 
@@ -49,6 +55,7 @@ class Stages:
         self.storage = storage
         self._pool = pool
         self.context = context
+        self._told: set[str] = set()  # smaller token budgets that have been logged
         self.prefix = ""  # in front of every stage's name: which checkpoint it is about
 
     # --- rows ---------------------------------------------------------------------------------------
@@ -67,6 +74,40 @@ class Stages:
         ids = self.ids(dataset)
         tasks = shards.cut(location, spec, dataset, ids, range(len(ids)) if chosen is None else chosen, size)
         return self.run(stage, tasks, unit="examples")
+
+    def differences(
+        self,
+        location: Location,
+        reading: Reading,
+        plan: DifferencePlan,
+        answerer: Location,
+        dataset: DatasetRecord,
+        *,
+        layers: tuple[int, ...],
+        pooling: Pooling,
+        size: int,
+    ) -> list[ShardManifest]:
+        """The shards of a_l(x, y) − a_l(x, y'), after the answers y' that are not there yet."""
+        ids = self.ids(dataset)
+        cuts = [range(len(ids))[start : start + size] for start in range(0, len(ids), size)]
+        parts = [[cut[first : first + _ANSWERS] for first in range(0, len(cut), _ANSWERS)] for cut in cuts]
+        theirs = replace(
+            reading,
+            model_fingerprint=plan.answerer.fingerprint,
+            max_length=min(reading.max_length, plan.context_length or reading.max_length),
+        )
+        sources = [(dataset, part) for of_shard in parts for part in of_shard]
+        work = AnswersWork(theirs, plan.answers)
+        stage = f"answers of {plan.answerer.name}"
+        made = iter(self.artifacts(stage, [work] * len(sources), location=answerer, sources=sources))
+        tasks = []
+        for number, (cut, of_shard) in enumerate(zip(cuts, parts, strict=True)):
+            keys = tuple(next(made).key for _ in of_shard)
+            spec = DifferenceSpec(
+                **vars(reading), layers=layers, pooling=pooling, answers=keys, ends=plan.answers.ends
+            )
+            tasks += shards.cut(location, spec, dataset, ids, cut, size, first=number)
+        return self.run("differences", tasks, unit="examples")
 
     def ids(self, dataset: DatasetRecord) -> list[str]:
         return datasets.read_table(self.storage, dataset).column("id").to_pylist()
@@ -101,22 +142,22 @@ class Stages:
         return self.run(stage, tasks, unit=unit)
 
     def curvature(
-        self, location: Location, reading: Reading, blocks: int, spec: CurvatureSpec, dataset: DatasetRecord
+        self, location: Location, reading: Reading, tracked: Tracked, spec: CurvatureSpec, dataset: DatasetRecord
     ) -> str:
-        """EK-FAC of the modules in blocks 1..blocks, fitted on a seeded sample; the artifact's key.
+        """EK-FAC of the tracked modules, fitted on a seeded sample; the artifact's key.
 
         The key covers weights, tokenizer, mask rule, settings and the sample's examples: a stale one cannot
         be found.
         """
         ids = self.ids(dataset)
         chosen = sample_rows(ids, spec.examples, spec.seed)
-        plain = [codec.to_plain(reading), blocks, codec.to_plain(spec), [ids[row] for row in chosen]]
-        key = codec.digest([FORMAT, "curvature", *plain])
+        about = [codec.to_plain(each) for each in (reading, tracked, spec)]
+        key = codec.digest([FORMAT, "curvature", *about, [ids[row] for row in chosen]])
         if artifacts.find(self.storage, key) is not None:
             return key
         size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
         parts = [(dataset, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        work = CovarianceWork(reading, blocks, spec)
+        work = CovarianceWork(reading, tracked, spec)
         covariances = self.artifacts(
             "curvature: covariances", [work] * len(parts), location=location, sources=parts
         )
@@ -127,20 +168,16 @@ class Stages:
         names = artifacts.stems(used[0][0])
         keys = tuple(part.key for part, _ in used)
         parts = [source for _, source in used]
-        eigen = self.artifacts(
-            "curvature: eigenvectors", [EigenWork(keys, name, spec.p) for name in names], unit="modules"
-        )
+        eigen = self.artifacts("curvature: eigenvectors", [EigenWork(keys, name) for name in names], unit="modules")
         bases = tuple((name, found.key) for name, found in zip(names, eigen, strict=True))
         moments = self.artifacts(
             "curvature: eigenvalues",
-            [MomentWork(reading, blocks, spec, bases)] * len(parts),
+            [MomentWork(reading, tracked, spec, bases)] * len(parts),
             location=location,
             sources=parts,
         )
         keys = tuple(part.key for part in moments if part.facts["examples"])
-        squares = self.artifacts(
-            "curvature: λ", [LambdaWork(keys, name, basis) for name, basis in bases], unit="modules"
-        )
+        squares = self.artifacts("curvature: λ", [LambdaWork(keys, name) for name in names], unit="modules")
         facts: dict[str, float | int | str] = {"examples": int(squares[0].facts["examples"])}
         for (name, basis), square in zip(bases, squares, strict=True):
             facts |= {EIGEN + name: basis, LAMBDA + name: square.key}
@@ -213,6 +250,7 @@ class Stages:
         def on_done(task: Task, manifest: Any) -> None:
             nonlocal done, quarantined
             found[task.key] = manifest
+            self._tell_memory(manifest.versions.get(LOWERED), stage)
             done += weight(task)
             quarantined += len(getattr(manifest, "quarantined", ()))
             self.context.progress(stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined)
@@ -221,6 +259,15 @@ class Stages:
         if missing:
             self._pool.run(missing, on_done=on_done, check=self.context.check, log_event=self.context.log)
         return [found[task.key] for task in tasks]
+
+    def _tell_memory(self, budget: str | None, stage: str) -> None:
+        if budget is not None and budget not in self._told:
+            self._told.add(budget)
+            self.context.log(
+                f"A worker ran out of memory; its batches hold at most {budget} tokens from now on. Set "
+                "WHENCE_TOKEN_BUDGET lower to spare it the attempt.",
+                stage=stage,
+            )
 
     def stored(self, manifests: Sequence[ShardManifest], number: int = 0) -> F32:
         """All rows of the ``number``-th array of these shards."""

@@ -6,11 +6,24 @@ from fastapi import APIRouter, Response
 
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
-from api.schemas import ConceptUsed, FidelityOut, HitOut, Provenance, QueryIn, QueryOut, Timing
+from api.schemas import (
+    ConceptUsed,
+    FidelityOut,
+    HitOut,
+    Items,
+    Provenance,
+    QueryIn,
+    QueryOut,
+    Timing,
+    TokenOut,
+    TokenQueryIn,
+    TokenSharesOut,
+)
 from service.contracts import JobRecord
 from service.datasets import render
 from service.errors import Invalid
 from service.queries import Answer, Query
+from service.terms import Order
 
 router = APIRouter(prefix="/v1/queries", tags=["queries"])
 
@@ -32,6 +45,35 @@ def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut 
         raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
     found = services.queries.run(Query(**body.model_dump()))
     return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
+
+
+@router.post(
+    "/tokens",
+    summary="Which tokens of these examples does their score come from?",
+    responses={
+        202: {"model": JobRecord, "description": "The shares are being computed; ask again when it is done"},
+        **documented(404, 422, 500),
+    },
+)
+def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Items[TokenSharesOut] | JobRecord:
+    """Shares of tokens, which sum to the score: 202 with the job that computes them, 200 once they are kept."""
+    fields = body.model_dump(exclude={"examples"})
+    found = services.queries.tokens(Query(**fields, order=Order.MOST, k=1), tuple(body.examples))
+    if isinstance(found, JobRecord):
+        return accepted(response, found)
+    return Items(
+        items=[
+            TokenSharesOut(
+                example_id=item,
+                score=one.score,
+                tokens=[
+                    TokenOut(text=text, share=share, predicted=predicted)
+                    for text, share, predicted in zip(one.texts, one.shares, one.predicted, strict=True)
+                ],
+            )
+            for item, one in zip(body.examples, found, strict=True)
+        ]
+    )
 
 
 def _present(body: QueryIn, answer: Answer) -> QueryOut:

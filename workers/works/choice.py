@@ -1,0 +1,153 @@
+"""Which eigenvectors and coordinates are kept, and what turns coordinates into embeddings."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service import artifacts
+from service.basis import SPECTRUM
+from service.contracts import Example
+from service.storage import Storage
+from service.work import BasisWork, GatherWork, HeadWork, NarrowWork, ScoutWork
+from workers import eigenbasis, selection
+from workers.eigenbasis import Spectrum
+from workers.models import Loaded
+from workers.works.result import Result, Tensors
+from workers.works.rows import blocks, rows_of_jacobian
+
+_SCOUTS = 8
+_AT_ONCE = 2
+
+
+def scout(work: ScoutWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
+    """Σ_j and Σ_i of E_v⟨v, J_ij⟩² λ_ij/(λ_ij+δ)² by module: the marginal importance of each eigenvector."""
+    width = loaded.model.config.get_text_config().hidden_size
+    generator = np.random.Generator(np.random.Philox(key=_SCOUTS))
+    directions = torch.from_numpy(generator.standard_normal((_SCOUTS, width)).astype(np.float32))
+    total: dict[str, torch.Tensor] = {}
+    for chunk in directions.to(loaded.device).split(_AT_ONCE):
+        sums, _, _ = rows_of_jacobian(work, storage, loaded, examples, chunk)
+        for name, rows in sums.items():
+            square = rows.square().sum(0)
+            total[name] = total[name] + square if name in total else square
+    tensors: Tensors = {}
+    for name, spectrum in eigenbasis.spectra(storage, work.curvature).items():
+        if name not in total:
+            continue
+        norm = {name: total[name].cpu().numpy().astype(np.float64).reshape(spectrum.square.shape)}
+        square, mean = {name: spectrum.square}, {name: spectrum.mean}
+        matters = selection.by_jacobian(norm, square, mean, work.damping)[name]
+        tensors[name] = {"out": matters.sum(axis=1), "into": matters.sum(axis=0)}
+    return tensors, {}
+
+
+def narrow(work: NarrowWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
+    facts = artifacts.get(storage, work.curvature).facts
+    eigen = artifacts.read(storage, artifacts.get(storage, str(facts[eigenbasis.EIGEN + work.module])), "eigen")
+    of_lambda = artifacts.get(storage, str(facts[eigenbasis.LAMBDA + work.module]))
+    square = artifacts.read(storage, of_lambda, "lambda")["square"]
+    scouts = [artifacts.get(storage, key) for key in work.scouts]
+    scouts = [scout for scout in scouts if work.module in artifacts.stems(scout)]
+    kept: dict[str, NDArray[np.int64]] = {}
+    for side in ("out", "into"):
+        count = eigen[side].shape[1]
+        matters = [artifacts.read(storage, scout, work.module)[side] for scout in scouts]
+        scores = np.sum(matters, axis=0) if matters else -np.arange(count)  # unscouted: the largest eigenvalues
+        kept[side] = np.sort(np.argsort(-scores, kind="stable")[: work.p])
+    vectors = {side: eigen[side][:, index] for side, index in kept.items()}
+    corner = square[np.ix_(kept["out"], kept["into"])]
+    return {"eigen": vectors, "lambda": {"square": corner}}, {"mean": of_lambda.facts["mean"]}
+
+
+def basis(work: BasisWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
+    found = eigenbasis.spectra(storage, work.curvature)
+    square = {name: each.square for name, each in found.items()}
+    mean = {name: each.mean for name, each in found.items()}
+
+    def importance(sets: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float64]]:
+        total = {name: np.zeros_like(values) for name, values in square.items()}
+        for rows in sets:
+            norms = row_norms(storage, rows, found)
+            for name, share in selection.by_jacobian(norms, square, mean, work.damping).items():
+                total[name] += share
+        return total
+
+    if work.jacobians:
+        losses = (
+            importance([(key,) for key in work.losses]) if work.losses else selection.by_curvature(square, mean)
+        )
+        choice = selection.halves(importance(work.jacobians), losses, work.coordinates)
+    else:
+        choice = selection.top(selection.by_curvature(square, mean), work.coordinates)
+    tensors: Tensors = {}
+    spectrum: dict[str, list[NDArray[np.float64]]] = {"square": [], "mean": []}
+    for name, index in choice.items():
+        kept = square[name].ravel()[index]
+        damped = kept + work.damping * mean[name]
+        scale = np.divide(1, np.sqrt(damped), out=np.zeros_like(damped), where=damped > 0)
+        tensors[name] = {"index": index.astype(np.int32), "scale": scale.astype(np.float32)}
+        spectrum["square"].append(kept)
+        spectrum["mean"].append(np.full(len(index), mean[name]))
+    tensors[SPECTRUM] = {name: np.concatenate(values) for name, values in spectrum.items()}
+    return tensors, {"damping": work.damping, "coordinates": len(tensors[SPECTRUM]["square"])}
+
+
+def head(work: HeadWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
+    found = eigenbasis.spectra(storage, work.curvature)
+    reached = artifacts.stems(artifacts.get(storage, work.rows[0]))
+    found = {name: each for name, each in found.items() if name in reached}
+    sizes = sum(each.square.size for each in found.values())
+    norms = row_norms(storage, work.rows, found)
+    square = {name: each.square for name, each in found.items()}
+    mean = {name: each.mean for name, each in found.items()}
+    wanted = min(sizes, work.coordinates or sizes)
+    choice = selection.top(selection.by_jacobian(norms, square, mean, work.damping), wanted)
+    tensors: Tensors = {}
+    for name, index in choice.items():
+        if not len(index):
+            continue
+        damped = found[name].square.ravel()[index] + work.damping * found[name].mean
+        rows = np.concatenate([block[:, index] for block in blocks(storage, work.rows, name)])
+        # λ = 0 with damping 0: no gradient of the sample has been there, so the coordinate says nothing.
+        weight = np.divide(work.sign * rows, damped, out=np.zeros_like(rows), where=damped > 0).astype(np.float32)
+        tensors[name] = {"index": index.astype(np.int32), "weight": weight}
+    return tensors, {"coordinates": sum(len(index) for index in choice.values()), "of": sizes}
+
+
+def gather(work: GatherWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
+    basis = artifacts.get(storage, work.basis)
+    reached = artifacts.stems(artifacts.get(storage, work.rows[0]))
+    parts = []
+    for name in artifacts.stems(basis):
+        if name == SPECTRUM:
+            continue
+        kept = artifacts.read(storage, basis, name)
+        index = kept["index"]
+        if name in reached:
+            rows = np.concatenate([block[:, index] for block in blocks(storage, work.rows, name)])
+            parts.append(rows * kept["scale"])
+        else:  # deeper than the layer
+            count = sum(int(artifacts.get(storage, key).facts["rows"]) for key in work.rows)
+            parts.append(np.zeros((count, len(index)), dtype=np.float32))
+    facts = artifacts.get(storage, work.rows[0]).facts
+    return {"jacobian": {"rows": np.concatenate(parts, axis=1)}}, {
+        "examples": facts["examples"],
+        "quarantined": facts["quarantined"],
+    }
+
+
+def row_norms(
+    storage: Storage, rows: Sequence[str], spectra: Mapping[str, Spectrum]
+) -> dict[str, NDArray[np.float64]]:
+    """‖J_ij‖² over all rows, (p_out, p_in) for every module; zero for modules that J does not reach."""
+    reached = artifacts.stems(artifacts.get(storage, rows[0]))
+    found = {}
+    for name, spectrum in spectra.items():
+        total = np.zeros(spectrum.square.size)
+        if name in reached:
+            for block in blocks(storage, rows, name):
+                total += np.einsum("rk,rk->k", block, block, dtype=np.float64)
+        found[name] = total.reshape(spectrum.square.shape)
+    return found
