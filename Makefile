@@ -31,8 +31,8 @@ setup-dev: $(VENV)/.dev  ## the same, with tests, linter and type checker
 demo: $(VENV)/.server  ## a poisoned model, its data indexed, the planted examples named
 	$(BIN)/python -m examples.demo
 
-test: $(VENV)/.dev  ## every test, on real Redis, Ray and FAISS
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## every test, on real Redis, Ray and FAISS; files run side by side
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
