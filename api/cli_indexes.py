@@ -1,10 +1,23 @@
 """`whence indexes`: build, extend, list, and what is not in one."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
-from api.terminal import DEFAULT_URL, AsJson, Detach, PoolingOption, Url, connect, follow_job, show_table
+from api.terminal import (
+    DEFAULT_URL,
+    AsJson,
+    Detach,
+    PoolingOption,
+    Url,
+    connect,
+    follow_job,
+    show_estimate,
+    show_table,
+    wait_for,
+)
 from service.terms import (
     Checkpoints,
     ConceptFunction,
@@ -18,6 +31,23 @@ from service.terms import (
     Projection,
 )
 
+Asked = tuple[dict[str, Any], str, bool]
+
+
+def _with_options_of(request: Callable[..., Asked]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes the options of ``request`` and runs on what it makes of them."""
+
+    def made(run: Callable[..., None]) -> Callable[..., None]:
+        @wraps(request)
+        def command(*given: Any, **named: Any) -> None:
+            run(*request(*given, **named))
+
+        command.__doc__ = run.__doc__
+        return command
+
+    return made
+
+
 indexes_app = typer.Typer(no_args_is_help=True, help="What is stored per training example, ready to be queried.")
 
 FunctionsOption = Annotated[
@@ -30,8 +60,7 @@ DampingsOption = Annotated[
 ]
 
 
-@indexes_app.command("build")
-def build_index(
+def _request(
     name: Annotated[str, typer.Argument(help="Name of the index; building again makes a new version.")],
     model: Annotated[str, typer.Option(help="Id of a model.")],
     dataset: Annotated[str, typer.Option(help="Id of a dataset.")],
@@ -104,12 +133,12 @@ def build_index(
     ] = LongExamples.TRUNCATE_RIGHT,
     url: Url = DEFAULT_URL,
     detach: Detach = False,
-) -> None:
-    """Build an index: EK-FAC curvature, then one pass of the model over the dataset for all its kinds.
-
-    Kind `influence` needs a `--query-set`; it answers every concept at its layers without a model.
-    """
+) -> Asked:
+    """What a build is asked with, where to ask, and whether to wait."""
     options: dict[str, Any] = {
+        "name": name,
+        "model": model,
+        "dataset": dataset,
         "layers": layer or [],
         "pooling": pooling,
         "loss_reduction": loss_reduction,
@@ -137,8 +166,33 @@ def build_index(
     }
     options |= {"kinds": kind} if kind else {}
     options |= _named(concept_function, damping)
+    return options, url, detach
+
+
+@indexes_app.command("build")
+@_with_options_of(_request)
+def build_index(options: dict[str, Any], url: str, detach: bool) -> None:
+    """Build an index: EK-FAC curvature, then one pass of the model over the dataset for all its kinds.
+
+    Kind `influence` needs a `--query-set`; it answers every concept at its layers without a model.
+    """
     with connect(url) as client:
-        follow_job(client, client.build_index(name, model=model, dataset=dataset, **options), detach)
+        follow_job(client, client.build_index(**options), detach)
+
+
+@indexes_app.command("estimate")
+@_with_options_of(_request)
+def estimate_index(options: dict[str, Any], url: str, detach: bool) -> None:
+    """Time, memory and disk that a build with the same options would take, from a short measurement on the workers.
+
+    What is in storage already, a curvature or finished shards, is not counted again.
+    """
+    with connect(url) as client:
+        job = client.estimate_index(**options)
+        if detach:
+            follow_job(client, job, detach)
+        else:
+            show_estimate(wait_for(client, job).result or {})
 
 
 @indexes_app.command("extend")

@@ -132,6 +132,11 @@ class Client:
         body = {"name": name, "model": model, "dataset": dataset, **options}
         return codec.from_plain(JobRecord, self._call("POST", "/v1/indexes", json=body))
 
+    def estimate_index(self, name: str, *, model: str, dataset: str, **options: Any) -> JobRecord:
+        """Queue an estimate of what ``build_index`` with the same arguments would cost."""
+        body = {"name": name, "model": model, "dataset": dataset, **options}
+        return codec.from_plain(JobRecord, self._call("POST", "/v1/indexes:estimate", json=body))
+
     def extend_index(self, reference: str, *, query_sets: Sequence[str], **options: Any) -> JobRecord:
         """Queue a new version with embeddings for more query sets, read off the stored gradient coordinates.
 

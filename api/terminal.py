@@ -1,7 +1,7 @@
 """What commands share: the consoles, common options, live progress, tables, and how a ranking is shown."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer 
 Detach = Annotated[bool, typer.Option("--detach", help="Print the job's id and return at once.")]
 PoolingOption = Annotated[Pooling, typer.Option(help="Which positions of a layer are averaged.")]
 DEFAULT_URL = "http://127.0.0.1:8311"
+_SHOWN_STAGES = 12  # of an estimate
 
 
 @contextmanager
@@ -42,14 +43,19 @@ def follow_job(client: Client, job: JobRecord, detach: bool) -> None:
     if detach:
         console.print(job.id)
         return
+    done = wait_for(client, job)
+    result = done.result or {}
+    console.print(f"{done.kind} done: " + ", ".join(f"{key} {_plain(value)}" for key, value in result.items()))
+
+
+def wait_for(client: Client, job: JobRecord) -> JobRecord:
+    """Show a job's progress until it ends; Ctrl-C leaves it to itself."""
     errors.print(f"[dim]job {job.id} (whence jobs watch {job.id})[/dim]")
     try:
-        done = follow(client, job.id)
+        return follow(client, job.id)
     except KeyboardInterrupt:
         errors.print(f"\n{job.id} goes on; `whence jobs cancel {job.id}` stops it.")
         raise typer.Exit(130) from None
-    result = done.result or {}
-    console.print(f"{done.kind} done: " + ", ".join(f"{key} {_plain(value)}" for key, value in result.items()))
 
 
 def follow(client: Client, job_id: str) -> JobRecord:
@@ -85,6 +91,7 @@ def follow(client: Client, job_id: str) -> JobRecord:
                 end()
                 live[stage] = bar.add_task(stage, total=data["total"], unit=data["unit"], note="")
             rate = f"{data['rate']:.{0 if data['rate'] >= 10 else 1}f}/s" if data["rate"] else ""
+            rate += f" {tokens:,.0f} tokens/s" if (tokens := data.get("tokens_per_s")) else ""
             aside = f" {data['quarantined']} quarantined" if data["quarantined"] else ""
             bar.update(live[stage], completed=data["done"], note=rate + aside)
 
@@ -174,6 +181,42 @@ def show_answer(answer: QueryOut) -> None:
         console.print(f"[dim]{escape(line)}[/dim]")
     for warning in answer.warnings:
         console.print(f"[yellow]warning[/yellow] {escape(warning)}")
+
+
+def show_estimate(found: Mapping[str, Any]) -> None:
+    """What a build would cost: the stages that take longest, and all of them together."""
+    stages = sorted(found["stages"], key=lambda stage: -stage["seconds"])
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "tasks", "time", "worker memory", "disk"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in stages[:_SHOWN_STAGES]:
+        memory, disk = size(stage["worker_bytes"]), size(stage["disk_bytes"])
+        table.add_row(escape(stage["name"]), str(stage["tasks"]), duration(stage["seconds"]), memory, disk)
+    if rest := stages[_SHOWN_STAGES:]:
+        disk = size(sum(stage["disk_bytes"] for stage in rest))
+        table.add_row(f"{len(rest)} more", "", duration(sum(stage["seconds"] for stage in rest)), "", disk)
+    console.print(table)
+    gpu = f", {size(found['device_bytes'])} of its GPU" if found["device_bytes"] else ""
+    console.print(
+        f"{found['examples']:,} examples on {found['workers']} workers: {duration(found['seconds'])}, "
+        f"{size(found['worker_bytes'])} of memory in a worker{gpu}, {size(found['disk_bytes'])} on disk"
+    )
+
+
+def duration(seconds: float) -> str:
+    """As people say it, to two digits or so."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit, length in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1024:.0f} KiB"
 
 
 def show_tokens(hit: HitOut, found: TokenSharesOut) -> None:

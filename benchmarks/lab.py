@@ -17,7 +17,7 @@ from service.contracts import ConceptRecord, DatasetRecord, Example, IndexRecord
 from service.datasets import Parsed
 from service.jobs import Jobs
 from service.matching import Asked, Matched, Missing, match
-from service.planning import IndexRequest, plan_index
+from service.planning import IndexRequest, plan_estimate, plan_index
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.settings import Settings
@@ -184,11 +184,19 @@ class Lab:
 
     def build(self, name: str, model: str, dataset: str, layer: int, **options: Any) -> tuple[IndexRecord, Quiet]:
         """The index and how long each stage took; ``options`` as in planning.IndexRequest."""
-        fields = DEFAULTS | {"name": name, "model": model, "dataset": dataset, "layers": (layer,)} | options
-        request = codec.from_plain(IndexRequest, fields)
+        request = self._request(name, model, dataset, layer, options)
         spec = plan_index(request, self.registry, self.redis, self.settings)
         result, context = self._run(JobKind.BUILD_INDEX, spec)
         return self.registry.get(INDEXES, result["index"]), context
+
+    def estimate(self, name: str, model: str, dataset: str, layer: int, **options: Any) -> dict[str, Any]:
+        """What ``build`` with the same arguments would cost."""
+        spec = plan_estimate(self._request(name, model, dataset, layer, options), self.registry, self.settings)
+        return self._run(JobKind.ESTIMATE_INDEX, spec)[0]
+
+    def _request(self, name: str, model: str, dataset: str, layer: int, options: dict[str, Any]) -> IndexRequest:
+        fields = DEFAULTS | {"name": name, "model": model, "dataset": dataset, "layers": (layer,)} | options
+        return codec.from_plain(IndexRequest, fields)
 
     def scores(
         self,

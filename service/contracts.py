@@ -150,7 +150,8 @@ class Counts:
     indexed: int
     duplicates: int
     quarantined: int
-    truncated: int
+    truncated: int  # examples of the index that were cut to the context
+    split: int = 0  # those that run in several windows instead
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ class Progress:
     rate: float | None = None
     eta_s: float | None = None
     quarantined: int = 0
+    tokens_per_s: float | None = None  # where the stage reads or writes texts
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,10 @@ class JobContext(Protocol):
         unit: str = "examples",
         resumed: int = 0,
         quarantined: int = 0,
-    ) -> None: ...
+        tokens: int = 0,
+    ) -> None:
+        """``resumed`` of ``done`` were there before; ``tokens``: those of what this attempt has done."""
+        ...
 
     def log(self, message: str, **data: Any) -> None: ...
 

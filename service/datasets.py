@@ -33,6 +33,21 @@ from service.contracts import (
 from service.errors import Invalid, TooLarge
 from service.storage import Storage, sha256_bytes
 
+# Beside messages, these change what a template renders or a model sees; elsewhere they are metadata like any other.
+_OF_TEMPLATES = frozenset(
+    [
+        "tools",
+        "functions",
+        "documents",
+        "chat_template_kwargs",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "audio",
+        "audios",
+    ]
+)
 ROLES = ("system", "user", "assistant")
 _SHOWN = 20  # malformed lines listed in an error
 _DETAIL = 500  # characters; a line may be megabytes of one bad value
@@ -173,6 +188,11 @@ def parse_line(raw: bytes) -> tuple[Content, Mapping[str, Any]]:
             f"Expected exactly one of 'messages', 'prompt' with 'completion', or 'text'; found {found}.",
         )
     if forms[0] == "messages":
+        if beside := sorted(key for key in _OF_TEMPLATES & row.keys() if row[key]):
+            raise Malformed(
+                "unsupported_message",
+                f"Beside 'messages' stands {beside}, which the training text depends on; only texts are supported.",
+            )
         content: Content = Conversation(_messages(row.pop("messages")))
     elif forms[0] == "prompt":
         content = Completion(_string(row.pop("prompt"), "prompt"), _string(row.pop("completion"), "completion"))

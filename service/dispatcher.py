@@ -125,6 +125,7 @@ class _Context:
         unit: str = "examples",
         resumed: int = 0,
         quarantined: int = 0,
+        tokens: int = 0,
     ) -> None:
         self.check()
         now = time.monotonic()
@@ -136,7 +137,8 @@ class _Context:
         elapsed, own = now - self._stage_began, done - resumed
         rate = own / elapsed if own > 0 and elapsed > 0 else None
         eta_s = (total - done) / rate if rate else None
-        progress = Progress(stage, done, total, unit, rate, eta_s, quarantined)
+        tokens_per_s = tokens / elapsed if tokens and elapsed > 0 else None
+        progress = Progress(stage, done, total, unit, rate, eta_s, quarantined, tokens_per_s)
         self._tell("progress", _rounded(progress), progress=progress)
 
     def log(self, message: str, **data: Any) -> None:
@@ -183,6 +185,7 @@ class _Context:
 def _rounded(progress: Progress) -> dict[str, Any]:
     rate = None if progress.rate is None else round(progress.rate, 2)
     eta_s = None if progress.eta_s is None else round(progress.eta_s, 1)
+    tokens_per_s = None if progress.tokens_per_s is None else round(progress.tokens_per_s, 1)
     return {
         "stage": progress.stage,
         "done": progress.done,
@@ -191,6 +194,7 @@ def _rounded(progress: Progress) -> dict[str, Any]:
         "rate": rate,
         "eta_s": eta_s,
         "quarantined": progress.quarantined,
+        "tokens_per_s": tokens_per_s,
     }
 
 

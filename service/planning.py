@@ -4,6 +4,7 @@ Whatever can be refused without loading a model is refused here, before a job ex
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ from service.settings import Settings
 from service.specs import (
     BuildIndexSpec,
     DifferencePlan,
+    EstimateSpec,
     ExtendIndexSpec,
     FitConceptSpec,
     GradientPlan,
@@ -85,8 +87,19 @@ class IndexRequest:
     long_examples: LongExamples
 
 
+def plan_estimate(request: IndexRequest, registry: Registry, settings: Settings) -> EstimateSpec:
+    """What the build of the request would cost; no version is taken. Raises as ``plan_index``."""
+    return EstimateSpec(_plan(request, registry, settings, lambda: 0))
+
+
 def plan_index(request: IndexRequest, registry: Registry, redis: Redis, settings: Settings) -> BuildIndexSpec:
     """The build of a new version. Raises NotFound or Invalid naming the field."""
+    return _plan(request, registry, settings, lambda: indexes.next_version(redis, registry, request.name))
+
+
+def _plan(
+    request: IndexRequest, registry: Registry, settings: Settings, version: Callable[[], int]
+) -> BuildIndexSpec:
     check_id(request.name, param="name")
     model = registry.get(MODELS, request.model, param="model")
     dataset = registry.get(DATASETS, request.dataset, param="dataset")
@@ -109,7 +122,7 @@ def plan_index(request: IndexRequest, registry: Registry, redis: Redis, settings
     p = request.projection_dim or (None if model.width <= _WHOLE_WIDTH else _EIGEN_P)
     return BuildIndexSpec(
         name=request.name,
-        version=indexes.next_version(redis, registry, request.name),
+        version=version(),
         model=model.id,
         dataset=dataset.id,
         reading=replace(
@@ -126,6 +139,7 @@ def plan_index(request: IndexRequest, registry: Registry, redis: Redis, settings
         gradient=GradientPlan(request.coordinates, rademacher) if IndexKind.GRADIENT in kinds else None,
         influence=influence,
         curvature=CurvatureSpec(**vars(request.curvature)),
+        curvature_bytes=settings.curvature_bytes,
         shard_size=settings.shard_size,
     )
 

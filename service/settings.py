@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         ge=1 << 10,
         description="Memory of one influence head (r × K float32): decides how many coordinates K it uses.",
     )
+    curvature_bytes: int = Field(
+        4 << 30,
+        ge=1 << 10,
+        description="Memory of the EK-FAC factors in a worker; modules beyond it take another pass of the sample.",
+    )
     max_k: int = Field(10_000, ge=1, description="Most hits one query may ask for.")
 
     @cached_property

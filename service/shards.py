@@ -68,7 +68,7 @@ def publish(
     arrays: Mapping[ArrayInfo, F32],
     encoding: str,
     quarantined: Sequence[Quarantined] = (),
-    truncated: int = 0,
+    long: Sequence[str] = (),
     tokens: int = 0,
     versions: Mapping[str, str],
 ) -> ShardManifest:
@@ -90,7 +90,7 @@ def publish(
         work=task.work,
         ids=tuple(ids),
         quarantined=tuple(quarantined),
-        truncated=truncated,
+        long=tuple(long),
         tokens=tokens,
         arrays=tuple(stored),
         files={name: sha256_bytes(data) for name, data in files.items()},

@@ -57,8 +57,16 @@ class BuildIndexSpec:
     gradient: GradientPlan | None
     influence: InfluencePlan | None
     curvature: CurvatureSpec
+    curvature_bytes: int  # of the factors that a worker holds at a time
     shard_size: int
     difference: DifferencePlan | None = None
+
+
+@dataclass(frozen=True)
+class EstimateSpec:
+    """What would the build cost? Its version is not taken."""
+
+    build: BuildIndexSpec
 
 
 @dataclass(frozen=True)

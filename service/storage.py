@@ -86,6 +86,11 @@ class Storage:
         _fsync_folder(target.parent)
         return sha256_bytes(data)
 
+    def remove(self, key: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
     def publish(self, folder: str, files: Mapping[str, bytes], manifest: tuple[str, bytes]) -> None:
         """Write ``files`` into ``folder`` and, when all of them are safe, the manifest (name, bytes)."""
         for name, data in files.items():

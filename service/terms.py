@@ -95,6 +95,7 @@ class Order(StrEnum):
 
 class JobKind(StrEnum):
     BUILD_INDEX = "build_index"
+    ESTIMATE_INDEX = "estimate_index"
     FIT_CONCEPT = "fit_concept"
     EXTEND_INDEX = "extend_index"
     QUERY_GRADIENT = "query_gradient"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, Lora, LossReduction, Pooling
 
-FORMAT = 3  # of shards and artifacts; a change that alters their bytes raises it
+FORMAT = 4  # of shards and artifacts; a change that alters their bytes raises it
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,21 @@ class CurvatureSpec:
 
 
 @dataclass(frozen=True)
+class ShapesWork:
+    """(d_out, d_in) of every tracked module: what memory and disk will be needed follows from them."""
+
+    reading: Reading
+    tracked: Tracked
+
+
+@dataclass(frozen=True)
 class CovarianceWork:
-    """Σ a aᵀ and Σ g gᵀ of every module over some of the sample."""
+    """Σ a aᵀ and Σ g gᵀ of ``modules`` over some of the sample."""
 
     reading: Reading
     tracked: Tracked
     spec: CurvatureSpec
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ class EigenWork:
 
 @dataclass(frozen=True)
 class MomentWork:
-    """Σ C² and Σ ‖G‖² of every module over some of the sample, in the eigenbases."""
+    """Σ C² of some modules over some of the sample, in the eigenbases."""
 
     reading: Reading
     tracked: Tracked
@@ -335,6 +344,7 @@ class TokenSharesWork:
 ArtifactWork = (
     TokenSharesWork
     | AnswersWork
+    | ShapesWork
     | CovarianceWork
     | EigenWork
     | MomentWork
@@ -399,7 +409,7 @@ class ShardManifest:
     work: ShardWork
     ids: tuple[str, ...]  # of the stored rows, in order
     quarantined: tuple[Quarantined, ...]
-    truncated: int
+    long: tuple[str, ...]  # of ``ids``: longer than the context, cut or split by the reading's rule
     tokens: int
     arrays: tuple[ShardArray, ...]
     files: Mapping[str, str]  # file name → sha256

@@ -267,6 +267,25 @@ def test_a_field_that_the_method_does_not_use_or_cannot_do_without(built, http, 
     assert method in problem(http.post("/v1/queries", json=body), 422, code, field)["detail"]
 
 
+def test_an_estimate_names_time_memory_and_disk_and_leaves_nothing(built, client: Client, http):
+    known = len(client.indexes())
+    about = {"model": "stories", "dataset": "train", "layers": [LAYER], "pooling": "last_token"}
+    result = client.wait(client.estimate_index("never", **about).id).result
+    assert result is not None
+    assert result["seconds"] == pytest.approx(sum(stage["seconds"] for stage in result["stages"]))
+    assert {"starting the workers", "loading the model", "rows"} <= {stage["name"] for stage in result["stages"]}
+    assert 1 << 28 < result["worker_bytes"] < 1 << 32
+    assert result["disk_bytes"] > 562 * 2 * 64  # activations alone
+    assert result["workers"] == 2
+    assert len(client.indexes()) == known
+    problem(
+        http.post("/v1/indexes:estimate", json={"name": "x", **about, "layers": [9]}),
+        422,
+        "layer_out_of_range",
+        "layers",
+    )
+
+
 def test_building_again_makes_a_new_version_and_keeps_the_old(built, client: Client):
     job = client.build_index("trigger", model="stories", dataset="train", layers=[LAYER], pooling=POOLING)
     assert client.wait(job.id).result["index"] == "trigger@v2"

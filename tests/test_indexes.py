@@ -85,7 +85,7 @@ class Shelf:
             arrays={info: self.rows(info.layer or 0)[rows] for info in ARRAYS},
             encoding=shards.HALF,
             quarantined=[Quarantined(self.ids[9], "too_long", "Too long.")] if 9 in task.rows else [],
-            truncated=0,
+            long=(),
             tokens=10,
             versions={"torch": "x"},
         )

@@ -1348,7 +1348,7 @@ def curvature_key(world, monkeypatch, reading=READING, spec=BASE, tracked=TRACKE
     monkeypatch.setattr(artifacts, "find", lambda _storage, key: asked.append(key) or object())
     stages = Stages(world.lab.storage, None, None)
     record = world.lab.registry.get(DATASETS, dataset)
-    found = stages.curvature(Location("anywhere", "anywhere"), reading, tracked, spec, record)
+    found = stages.curvature(Location("anywhere", "anywhere"), reading, tracked, spec, record, most_bytes=1 << 30)
     monkeypatch.undo()
     assert asked == [found]
     return found

@@ -109,7 +109,8 @@ def test_short_examples_are_as_without_the_rule():
     alone = run(loaded, replace(SPEC, long_examples=LongExamples.QUARANTINE), short)
     mixed = run(loaded, SPEC, [short[0], long, *short[1:]])
     assert mixed.ids == (short[0].id, long.id, short[1].id, short[2].id)
-    assert mixed.truncated == 0
+    assert mixed.long == (long.id,)
+    assert alone.long == ()
     for info, rows in alone.arrays.items():
         np.testing.assert_allclose(mixed.arrays[info][[0, 2, 3]], rows, rtol=1e-4, atol=1e-5)
 

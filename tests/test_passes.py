@@ -224,7 +224,8 @@ def test_cut_examples_are_counted_when_they_are_kept(llama, rule):
     result = run(llama, replace(BASIC, long_examples=rule))
     too_long = {e.id for e in EXAMPLES if len(tokenise(e.content, llama.tokenizer)) > BASIC.max_length}
     assert len(too_long) == 2
-    assert result.truncated == len(too_long & set(result.ids)) == (2 if rule == LongExamples.TRUNCATE_LEFT else 1)
+    assert set(result.long) == too_long & set(result.ids)
+    assert len(result.long) == (2 if rule == LongExamples.TRUNCATE_LEFT else 1)
 
 
 def test_a_prompt_cut_away_from_the_left_leaves_no_prompt_token_to_pool(llama):
@@ -271,7 +272,7 @@ def test_broken_weights_store_nothing(llama, bad):
     llama.linear_maps(2)["model.layers.1.mlp.up_proj"].weight.data[0, 0] = bad
     result = run(llama, BASIC)
     assert result.ids == ()
-    assert result.truncated == 0  # one was cut, none is kept
+    assert result.long == ()  # one was cut, none is kept
     assert set(reasons(result).values()) == {"not_finite", "no_target", "target_cut_off"}
 
 

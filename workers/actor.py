@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -12,9 +13,11 @@ from service import artifacts, datasets, shards
 from service.contracts import DatasetRecord, Example
 from service.models import check_fingerprints
 from service.storage import Storage
+from service.terms import Pooling
 from service.work import (
     Artifact,
     DifferenceSpec,
+    Location,
     PassSpec,
     Reading,
     ReadOffSpec,
@@ -22,10 +25,14 @@ from service.work import (
     ShardWork,
     SumSpec,
     Task,
+    Tracked,
 )
 from workers import derive, differences, passes, readout, works
+from workers.estimates import probe
+from workers.estimates.probe import Cost, Source, Survey, Trial
 from workers.models import Loaded, load_at
 from workers.passes import PassResult
+from workers.works import answers
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +68,35 @@ class Worker:
         if isinstance(task.work, ShardWork):
             return self._publish_shard(task, *self._rows(task, task.work))
         reading: Reading | None = getattr(task.work, "reading", None)
-        loaded = self._model(task, reading) if reading is not None else None
+        loaded = self._model(task.location, reading) if reading is not None else None
         tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
         if (there := find(self._storage, task)) is not None:  # somebody else was faster
             return there
         return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions())
+
+    def survey(
+        self,
+        location: Location,
+        reading: Reading,
+        tracked: Tracked,
+        pooling: Pooling | None,
+        sources: Sequence[Source],
+    ) -> Survey:
+        """For an estimate: what loading and reading cost here."""
+        probe.forget_peak()
+        began = time.perf_counter()
+        loaded = self._model(location, reading)
+        seconds, most = time.perf_counter() - began, probe.peak()
+        examples = [self._read(source.dataset, source.rows) for source in sources]
+        about = {"load_s": seconds, "load_bytes": most}
+        return probe.survey(loaded, reading, tracked, pooling, examples, self._storage, **about)
+
+    def measure(self, trial: Trial) -> Cost:
+        """For an estimate: what one kind of work costs here."""
+        work = trial.work
+        reading = work if isinstance(work, Reading) else work.reading  # pyright: ignore[reportAttributeAccessIssue]
+        loaded = self._model(trial.location, reading)
+        return probe.measure(loaded, trial, self._read(trial.source.dataset, trial.source.rows))
 
     def _versions(self) -> dict[str, str]:
         """What stands behind a result, a smaller token budget than the one asked for included."""
@@ -76,12 +107,13 @@ class Worker:
         """The rows of a shard, and how they are encoded."""
         match work:
             case PassSpec():
-                loaded = self._model(task, work)
+                loaded = self._model(task.location, work)
                 result = passes.run(loaded, self._reads(loaded, work), work, self._examples(task))
                 return result, shards.HALF if work.objective is None else shards.SINGLE
             case DifferenceSpec():
-                loaded = self._model(task, work)
-                return differences.run(loaded, self._storage, work, self._examples(task)), shards.HALF
+                loaded = self._model(task.location, work)
+                answered = answers.read(self._storage, work.answers)
+                return differences.run(loaded, answered, work, self._examples(task)), shards.HALF
             case SumSpec():
                 return derive.total(self._storage, work), shards.INT8
             case ReadOffSpec():
@@ -97,20 +129,20 @@ class Worker:
             arrays=result.arrays,
             encoding=encoding,
             quarantined=result.quarantined,
-            truncated=result.truncated,
+            long=result.long,
             tokens=result.tokens,
             versions=self._versions(),
         )
 
-    def _model(self, task: Task, reading: Reading) -> Loaded:
-        assert task.location is not None  # noqa: S101
+    def _model(self, location: Location | None, reading: Reading) -> Loaded:
+        assert location is not None  # noqa: S101
         weights = (reading.model_fingerprint, reading.dtype, reading.lora)
-        key = (task.location, weights, reading.tokenizer_fingerprint)
+        key = (location, weights, reading.tokenizer_fingerprint)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = self._readout = None  # free the old model before the new one needs the memory
-            loaded = load_at(task.location, reading)
+            loaded = load_at(location, reading)
             # After loading, since a training run may write to the folder just now; before any row is stored.
-            check_fingerprints(task.location, reading)
+            check_fingerprints(location, reading)
             self._loaded = (key, loaded)
         return self._loaded[1]
 
@@ -121,13 +153,13 @@ class Worker:
         return self._readout[1]
 
     def _examples(self, task: Task) -> Sequence[Example]:
-        """The task's examples; the dataset is kept as a table, which is a tenth of the size of its records."""
-        if task.dataset is None:
-            return ()
-        record: DatasetRecord = task.dataset
+        return () if task.dataset is None else self._read(task.dataset, task.rows)
+
+    def _read(self, record: DatasetRecord, rows: Sequence[int]) -> Sequence[Example]:
+        """Some examples; the dataset is kept as a table, which is a tenth of the size of its records."""
         if self._table is None or self._table[0] != record.fingerprint:
             self._table = (record.fingerprint, datasets.read_table(self._storage, record))
-        return datasets.to_examples(self._table[1].take(list(task.rows)))
+        return datasets.to_examples(self._table[1].take(list(rows)))
 
 
 def find(storage: Storage, task: Task) -> Manifest | None:

@@ -14,7 +14,7 @@ from service.errors import Invalid
 from service.registry import DATASETS, Registry
 from service.specs import BuildIndexSpec, CachedJacobian, DifferencePlan, IndexManifest, InfluencePlan, Section
 from service.storage import Storage
-from service.terms import ConceptFunction, IndexKind, Lora
+from service.terms import ConceptFunction, IndexKind, LongExamples, Lora
 from service.work import (
     ActivationSpec,
     BasisWork,
@@ -109,7 +109,9 @@ class Build:
         eigen = spec.gradient is not None and spec.gradient.projection is None
         curvature = None
         if questions or (end and eigen):
-            curvature = self._stages.curvature(location, reading, spec.tracked, spec.curvature, self._dataset)
+            curvature = self._stages.curvature(
+                location, reading, spec.tracked, spec.curvature, self._dataset, most_bytes=spec.curvature_bytes
+            )
         scouts = self._scouts(location, reading, curvature, questions) if spec.p and curvature else ()
         whole, curvature = curvature, self._stages.narrowed(curvature, spec.p, scouts) if curvature else None
         jacobians = {}
@@ -348,15 +350,21 @@ def account(
             for item in manifest.quarantined:
                 aside.setdefault(item.id or "", item.reason)
         held.append(ids)
-    indexed = len(set.intersection(*held)) if held else 0
+    indexed: set[str] = set.intersection(*held) if held else set()
+    long = len(indexed.intersection(item for manifest in own for item in manifest.long))
+    split = any(
+        isinstance(manifest.work, PassSpec) and manifest.work.long_examples == LongExamples.SPLIT_AND_SUM
+        for manifest in own
+    )
     reasons = dict(dataset.quarantine_reasons)
     for reason in aside.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     counts = Counts(
         lines=dataset.lines,
-        indexed=indexed,
+        indexed=len(indexed),
         duplicates=dataset.duplicates,
         quarantined=dataset.quarantined + len(aside),
-        truncated=sum(manifest.truncated for manifest in own),
+        truncated=0 if split else long,
+        split=long if split else 0,
     )
     return counts, dict(sorted(reasons.items()))

@@ -22,9 +22,10 @@ from torch.nn import functional
 from service.errors import Invalid
 from service.terms import FactorLabels, FactorPositions
 from workers.batches import Batch
-from workers.gradients import Sides, coordinates, logits_at, taps
+from workers.gradients import Sides, logits_at, project, taps
 
 _ROWS = 4096  # positions whose label distribution is held at a time
+_C_NUMBERS = 1 << 25  # of C, over examples, that are held at a time: 128 MiB
 
 
 @dataclass
@@ -117,18 +118,27 @@ def add_moments(
     batch: Batch,
     **loss: object,
 ) -> None:
-    """Add Σ C² (d_out, d_in) over the batch's examples to ``sums``; ``sides`` hold all eigenvectors."""
+    """Add Σ C² (d_out, d_in) over the batch's examples to ``sums``; ``sides`` hold all eigenvectors.
+
+    C of a whole batch may be larger than the model: it is made for a few examples at a time.
+    """
     seen: set[str] = set()
 
-    def add(name: str, C: Tensor) -> None:
+    def forward(name: str, inputs: Tensor) -> Tensor:
+        return project(inputs, sides[name].into)
+
+    def backward(name: str, projected: Tensor, gradient: Tensor) -> None:
         if name in seen:  # C must be summed over the calls before it is squared
             detail = f"{name} runs more than once in a forward pass; EK-FAC is not defined for shared maps."
             raise Invalid("module_reused", detail, param="model")
         seen.add(name)
-        square = C.square().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
+        into = project(gradient, sides[name].out)
+        few = max(1, _C_NUMBERS // sides[name].size)
+        for outs, ins in zip(into.split(few), projected.split(few), strict=True):
+            square = (outs.transpose(1, 2) @ ins).square_().sum(0)
+            sums[name] = sums[name].add_(square) if name in sums else square
 
-    with coordinates(modules, sides, add):
+    with taps({name: modules[name] for name in sides}, forward=forward, backward=backward):
         factor_loss(model, batch, **loss).backward()  # pyright: ignore[reportArgumentType]
 
 

@@ -29,7 +29,7 @@ def total(storage: Storage, work: SumSpec) -> PassResult:
             found = shards.read_rows(storage, manifest, info)
             rows += np.float32(weight) * found[[place[item] for item in ids]].reshape(len(ids), info.dims)
         sums[summed(info, len(work.sources))] = rows
-    return PassResult(ids, sums, tuple(aside.values()), truncated=0, tokens=0)
+    return PassResult(ids, sums, tuple(aside.values()), long=(), tokens=0)
 
 
 def read_off(storage: Storage, work: ReadOffSpec) -> PassResult:
@@ -40,7 +40,7 @@ def read_off(storage: Storage, work: ReadOffSpec) -> PassResult:
     jacobian = artifacts.read(storage, artifacts.get(storage, work.jacobian), "jacobian")["rows"]
     head = -basis.damped(storage, work.basis, jacobian, work.array.embedding.damping)
     rows = shards.read_rows(storage, manifest, info) @ head.T
-    return PassResult(manifest.ids, {work.array: rows}, (), truncated=0, tokens=0)
+    return PassResult(manifest.ids, {work.array: rows}, (), long=(), tokens=0)
 
 
 def summed(info: ArrayInfo, points: int) -> ArrayInfo:

@@ -15,6 +15,7 @@ from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
 from service.specs import (
     BuildIndexSpec,
+    EstimateSpec,
     ExtendIndexSpec,
     FitConceptSpec,
     IndexManifest,
@@ -26,6 +27,7 @@ from service.terms import JobKind
 from service.work import ConceptObjective, Reading
 from workers import passes, probes, tokens
 from workers.build import Build
+from workers.estimates.estimate import estimate
 from workers.extend import extend
 from workers.pool import Pool
 from workers.stages import Stages
@@ -45,6 +47,8 @@ class RayEngine:
         match job.kind:
             case JobKind.BUILD_INDEX:
                 return self._build_index(job, codec.from_plain(BuildIndexSpec, job.spec), stages)
+            case JobKind.ESTIMATE_INDEX:
+                return self._estimate_index(codec.from_plain(EstimateSpec, job.spec), stages.context)
             case JobKind.EXTEND_INDEX:
                 return self._extend_index(job, codec.from_plain(ExtendIndexSpec, job.spec), stages)
             case JobKind.FIT_CONCEPT:
@@ -57,12 +61,21 @@ class RayEngine:
     # --- jobs ---------------------------------------------------------------------------------------
 
     def _build_index(self, job: JobRecord, spec: BuildIndexSpec, stages: Stages) -> Mapping[str, Any]:
+        model = self._run_of(spec)
+        dataset = self._registry.get(DATASETS, spec.dataset)
+        return self._publish(job, Build(stages, self._registry, spec, model, dataset).run(), stages)
+
+    def _estimate_index(self, spec: EstimateSpec, context: JobContext) -> Mapping[str, Any]:
+        model, dataset = self._run_of(spec.build), self._registry.get(DATASETS, spec.build.dataset)
+        return estimate(self._storage, self._registry, self._pool, spec.build, model, dataset, context)
+
+    def _run_of(self, spec: BuildIndexSpec) -> ModelRecord:
+        """The model, if the weights of every point of its run are those that were registered."""
         model = self._model(spec.model, spec.reading)
         for point in spec.points[:-1] if spec.influence is not None else ():
             reading = replace(spec.reading, model_fingerprint=point.fingerprint)
             models.check_fingerprints(models.location(model, point), reading, self._redis)
-        dataset = self._registry.get(DATASETS, spec.dataset)
-        return self._publish(job, Build(stages, self._registry, spec, model, dataset).run(), stages)
+        return model
 
     def _extend_index(self, job: JobRecord, spec: ExtendIndexSpec, stages: Stages) -> Mapping[str, Any]:
         source = indexes.read_manifest(self._storage, self._registry.get(INDEXES, spec.source))

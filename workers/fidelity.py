@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service import artifacts, basis, shards
+from service import basis, shards
 from service.contracts import ArrayInfo, DatasetRecord, Fidelity
 from service.rows import F32
 from service.specs import CachedJacobian, IndexManifest
@@ -93,7 +93,7 @@ class Measured:
         for number, places in by_shard.items():
             reference = self._manifest.sections[section].shards[number]
             manifest = shards.read_manifest(self._stages.storage, reference.key, sha256=reference.sha256)
-            rows = shards.read_rows(self._stages.storage, manifest, array)
+            rows = self._stages.rows_of(manifest, array)
             for place, row in places:
                 found[place] = rows[row]
         return found
@@ -163,7 +163,7 @@ def measure(
         array = next(array for array in manifest.arrays if array.kind == IndexKind.GRADIENT)
         key, stored = gradient.projection.basis, on.stored(array, on.ids)
         for known in manifest.jacobians:
-            J = artifacts.read(stages.storage, artifacts.get(stages.storage, known.artifact), "jacobian")["rows"]
+            J = stages.numbers(known.artifact, "jacobian")["rows"]
             for other in influences:
                 if not _asks_the_same(other, known) or other.embedding is None:
                     continue
@@ -272,7 +272,7 @@ def _with_heads(point: "AtPoint", curvature: str, heads: tuple[Head, ...]) -> Pa
 
 
 def _aligned(stages: Stages, manifests: Sequence[ShardManifest], array: ArrayInfo, ids: Sequence[str]) -> F32:
-    rows = np.concatenate([shards.read_rows(stages.storage, manifest, array) for manifest in manifests])
+    rows = np.concatenate([stages.rows_of(manifest, array) for manifest in manifests])
     place = {item: row for row, item in enumerate(item for manifest in manifests for item in manifest.ids)}
     return rows[[place[item] for item in ids]]
 

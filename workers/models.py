@@ -50,6 +50,22 @@ class Loaded:
         """The residual blocks."""
         return find_blocks(self.model)
 
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by its name."""
+        return dict(self.model.named_modules())
+
+    @property
+    def named_blocks(self) -> dict[str, nn.Module]:
+        """The residual blocks by their name in the model, in order."""
+        return {self._names[id(block)]: block for block in self.blocks}
+
+    @property
+    def width(self) -> int:
+        """d: what the hidden states between the blocks have."""
+        config: Any = self.model.config
+        return int(config.get_text_config().hidden_size)
+
     def tracked(self, wanted: Tracked) -> dict[str, nn.Module]:
         """The linear maps that ``wanted`` names. Raises Invalid when there is none."""
         asked = [word.strip() for word in wanted.modules.split(",")]

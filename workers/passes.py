@@ -31,7 +31,7 @@ class PassResult:
     ids: tuple[str, ...]
     arrays: dict[ArrayInfo, F32]
     quarantined: tuple[Quarantined, ...]
-    truncated: int
+    long: tuple[str, ...]  # of ``ids``: longer than the context, cut or split
     tokens: int
 
 
@@ -76,14 +76,14 @@ def run(loaded: Loaded, readout: Readout, spec: PassSpec, examples: Sequence[Exa
             for info in arrays(loaded, readout, spec)
         },
         quarantined=tuple(aside[position] for position in sorted(aside)),
-        truncated=sum(tokens[position].truncated for position in kept),
+        long=tuple(examples[position].id for position in kept if prepared.is_long(position, spec)),
         tokens=sum(len(item) for item in tokens.values()),
     )
 
 
 def arrays(loaded: Loaded, readout: Readout, spec: PassSpec) -> list[ArrayInfo]:
     """What a shard of this pass holds."""
-    width = loaded.model.config.get_text_config().hidden_size
+    width = loaded.width
     layers = spec.activation.layers if spec.activation else ()
     return [ArrayInfo(IndexKind.ACTIVATION, layer, width) for layer in layers] + readout.arrays
 
@@ -105,9 +105,8 @@ def _compute(loaded: Loaded, readout: Readout, spec: PassSpec, batch: Batch) -> 
     objective = spec.objective if isinstance(spec.objective, ConceptObjective) else None
     layers = (objective.layer,) if objective else spec.activation.layers if spec.activation else ()
     stop = objective is not None or not readout.sides
-    modules = dict(loaded.model.named_modules())
     with (
-        coordinates(modules, readout.sides, rows.consume),
+        coordinates(loaded.modules, readout.sides, rows.consume),
         block_outputs(loaded.blocks, layers, stop=stop) as outputs,
     ):
         if objective is not None:
@@ -125,7 +124,7 @@ def _compute(loaded: Loaded, readout: Readout, spec: PassSpec, batch: Batch) -> 
     found = {info: values.cpu().numpy() for info, values in rows.found.items()}
     if objective is not None:
         return found
-    width = loaded.model.config.get_text_config().hidden_size
+    width = loaded.width
     pooled = {layer: pool(outputs[layer].detach(), batch.pool_weight).cpu().numpy() for layer in layers}
     return {ArrayInfo(IndexKind.ACTIVATION, layer, width): rows for layer, rows in pooled.items()} | found
 

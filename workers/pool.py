@@ -3,7 +3,9 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
@@ -20,8 +22,28 @@ _PING_S = 30.0
 _MOST_CPU_WORKERS = 8
 
 
+class Crew(Protocol):
+    """Workers that have just started, as many as a build would have, and do nothing else."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def start_s(self) -> float:
+        """How long they took to start."""
+        ...
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """What the method of Worker gives on each of them, all at once."""
+        ...
+
+
 class Pool(Protocol):
     """Who turns tasks into results."""
+
+    def fresh(self, check: Callable[[], None]) -> AbstractContextManager[Crew]:
+        """New workers for measuring; the old ones are let go first, and these at the end."""
+        ...
 
     def run(
         self,
@@ -37,7 +59,12 @@ class InlinePool:
     """One worker in this process, without Ray: for benchmarks and for tests of what tasks do."""
 
     def __init__(self, storage_root: str, *, threads: int) -> None:
+        self._root, self._threads = storage_root, threads
         self._worker = Worker(storage_root, threads)
+
+    @contextmanager
+    def fresh(self, check: Callable[[], None]) -> Iterator[Crew]:
+        yield _Alone(Worker(self._root, self._threads), check)
 
     def run(
         self,
@@ -50,6 +77,46 @@ class InlinePool:
         for task in tasks:
             check()
             on_done(task, self._worker.process(task))
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One worker in this process."""
+
+    worker: Worker
+    check: Callable[[], None]
+    size: int = 1
+    start_s: float = 0.0
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        self.check()
+        return [getattr(self.worker, method)(*arguments)]
+
+
+@dataclass(frozen=True)
+class _Actors:
+    actors: Sequence[Any]
+    check: Callable[[], None]
+    start_s: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return len(self.actors)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        running = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        waiting = running
+        while waiting:
+            self.check()
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
+        try:
+            return ray.get(running)
+        except RayActorError as error:
+            raise DomainError(
+                "estimate_killed_worker",
+                f"A worker died while measuring ({str(error)[:300]}), most likely out of memory. Start the api "
+                "with a lower WHENCE_TOKEN_BUDGET or WHENCE_CURVATURE_BYTES, or ask for a smaller max_length.",
+            ) from error
 
 
 class WorkerPool:
@@ -118,6 +185,22 @@ class WorkerPool:
             for actor, _ in running.values():
                 ray.kill(actor)
 
+    @contextmanager
+    def fresh(self, check: Callable[[], None]) -> Iterator[Crew]:
+        self.close()
+        actors = []
+        try:
+            while (wanted := self._size()) < 1:  # nodes may still join
+                check()
+                time.sleep(_POLL_S)
+            began = time.monotonic()
+            actors = [self._start() for _ in range(wanted)]
+            _Actors(actors, check).call("pid")
+            yield _Actors(actors, check, time.monotonic() - began)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
     def close(self) -> None:
         for actor in self._idle:
             ray.kill(actor)
@@ -135,11 +218,13 @@ class WorkerPool:
         self._idle = alive
 
     def _take(self, running: int) -> Any | None:
-        """An idle actor, or a new one while fewer than wanted exist."""
-        if self._idle:
-            return self._idle.pop()
-        if running >= self._size():
-            return None
+        """An idle actor, or a new one while fewer than wanted exist; the one that has worked last comes first."""
+        if not self._idle:
+            # All at once, although one may be enough for now: they take seconds to start.
+            self._idle = [self._start() for _ in range(self._size() - running)]
+        return self._idle.pop() if self._idle else None
+
+    def _start(self) -> Any:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         options = {"num_cpus": self._cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         return RemoteWorker.options(**options).remote(self._storage_root, self._threads)

@@ -63,11 +63,16 @@ class Prepared:
                 torch.cuda.empty_cache()
             padded, budget = len(group) * max(map(len, chosen)), loaded.memory.within(reading.token_budget)
             if len(group) == 1 and budget <= padded:
-                raise self._too_large(members[0], chosen[0])
+                raise too_large(self.examples[members[0]], len(chosen[0]))
             # A Jacobian repeats its batch up to the budget: a single example may fit with fewer copies.
             loaded.memory.full(padded if len(group) > 1 else budget)
             left = [row for rest in (group, *waiting) for row in rest]
             waiting = _planned(loaded, reading, pieces, left)
+
+    def is_long(self, position: int, reading: Reading) -> bool:
+        """Whether the example is longer than the context, and so was cut or runs in windows."""
+        tokens = self.tokens[position]
+        return tokens.truncated or len(tokens) > reading.max_length
 
     def finite(
         self,
@@ -112,15 +117,16 @@ class Prepared:
                     pieces.append((position, window))
         return pieces
 
-    def _too_large(self, position: int, tokens: Tokens) -> Invalid:
-        example = self.examples[position]
-        return Invalid(
-            "out_of_memory",
-            f"Example {example.id} does not fit into a worker's memory: {len(tokens)} tokens at once. Lower "
-            "max_length, use WHENCE_DTYPE=bfloat16, track fewer modules, or leave the example out.",
-            param="dataset",
-            context={"example": example.id},
-        )
+
+def too_large(example: Example, tokens: int) -> Invalid:
+    """The example does not fit into memory, even alone."""
+    return Invalid(
+        "out_of_memory",
+        f"Example {example.id} does not fit into a worker's memory: {tokens} tokens at once. Lower max_length, use "
+        "WHENCE_DTYPE=bfloat16, track fewer modules, or leave the example out.",
+        param="dataset",
+        context={"example": example.id},
+    )
 
 
 def _planned(

@@ -87,7 +87,7 @@ def make(loaded: Loaded, spec: PassSpec, storage: Storage | None) -> Readout:
     eigen = gradient.projection if gradient is not None else None
     chosen = influence or eigen
     assert chosen is not None and not isinstance(chosen, Rademacher)  # noqa: S101
-    sides = _beside(loaded, eigenbasis.sides(storage, chosen.curvature, loaded.device))
+    sides = beside(loaded, eigenbasis.sides(storage, chosen.curvature, loaded.device))
     gathers: dict[str, Gather] = {}
     array = None
     if isinstance(eigen, Eigen):
@@ -122,10 +122,10 @@ def _rademacher(loaded: Loaded, tracked: Tracked, chosen: Rademacher) -> Readout
         sides[name] = Sides(out.to(loaded.device), into.to(loaded.device))
         gathers[name] = Gather(start, sides[name].size)
         start += sides[name].size
-    return Readout(_beside(loaded, sides), gathers, ArrayInfo(IndexKind.GRADIENT, None, start), ())
+    return Readout(beside(loaded, sides), gathers, ArrayInfo(IndexKind.GRADIENT, None, start), ())
 
 
-def _beside(loaded: Loaded, sides: Mapping[str, Sides]) -> dict[str, Sides]:
+def beside(loaded: Loaded, sides: Mapping[str, Sides]) -> dict[str, Sides]:
     """In bfloat16 beside a bfloat16 model, twice as fast on CPUs and far more on GPUs: what is projected carries
     such rounding already, and no score's rank moves by it (benchmarks/precision.py). Gradients in float16 would
     underflow.

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import artifacts, codec, datasets, shards
-from service.contracts import DatasetRecord, JobContext
+from service.contracts import ArrayInfo, DatasetRecord, JobContext
 from service.errors import Invalid
 from service.rows import F32
 from service.specs import DifferencePlan
@@ -33,6 +34,7 @@ from service.work import (
     NarrowWork,
     PassSpec,
     Reading,
+    ShapesWork,
     ShardManifest,
     ShardWork,
     Task,
@@ -141,13 +143,27 @@ class Stages:
             tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
         return self.run(stage, tasks, unit=unit)
 
+    def shapes(self, location: Location, reading: Reading, tracked: Tracked) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of every tracked module."""
+        (found,) = self.artifacts("modules", [ShapesWork(reading, tracked)], location=location)
+        sizes = {name: str(said).split() for name, said in found.facts.items()}
+        return {name: (int(d_out), int(d_in)) for name, (d_out, d_in, _block) in sizes.items()}
+
     def curvature(
-        self, location: Location, reading: Reading, tracked: Tracked, spec: CurvatureSpec, dataset: DatasetRecord
+        self,
+        location: Location,
+        reading: Reading,
+        tracked: Tracked,
+        spec: CurvatureSpec,
+        dataset: DatasetRecord,
+        *,
+        most_bytes: int,
     ) -> str:
         """EK-FAC of the tracked modules, fitted on a seeded sample; the artifact's key.
 
         The key covers weights, tokenizer, mask rule, settings and the sample's examples: a stale one cannot
-        be found.
+        be found. Modules are done in groups whose factors fit into ``most_bytes``; each group reads the sample
+        again.
         """
         ids = self.ids(dataset)
         chosen = sample_rows(ids, spec.examples, spec.seed)
@@ -157,30 +173,46 @@ class Stages:
             return key
         size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
         parts = [(dataset, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        work = CovarianceWork(reading, tracked, spec)
-        covariances = self.artifacts(
-            "curvature: covariances", [work] * len(parts), location=location, sources=parts
+        groups = grouped(self.shapes(location, reading, tracked), most_bytes)
+
+        def over_sample(stage: str, works: Sequence[ArtifactWork]) -> list[list[Artifact]]:
+            """What each work gives on every part of the sample, without the empty ones."""
+            found = self.artifacts(
+                stage,
+                [work for work in works for _ in parts],
+                location=location,
+                sources=[part for _ in works for part in parts],
+            )
+            each = [found[start : start + len(parts)] for start in range(0, len(found), len(parts))]
+            return [[part for part in of_work if part.facts["examples"]] for of_work in each]
+
+        covariances = over_sample(
+            "curvature: covariances", [CovarianceWork(reading, tracked, spec, group) for group in groups]
         )
-        used = [(part, source) for part, source in zip(covariances, parts, strict=True) if part.facts["examples"]]
-        if not used:
+        if not all(covariances):
             detail = f"No example of the curvature's sample of {dataset.id!r} has a token to predict."
             raise Invalid("empty_sample", detail, param="dataset")
-        names = artifacts.stems(used[0][0])
-        keys = tuple(part.key for part, _ in used)
-        parts = [source for _, source in used]
-        eigen = self.artifacts("curvature: eigenvectors", [EigenWork(keys, name) for name in names], unit="modules")
-        bases = tuple((name, found.key) for name, found in zip(names, eigen, strict=True))
-        moments = self.artifacts(
+        names = [name for group in groups for name in group]
+        summed = [
+            EigenWork(tuple(part.key for part in of_group), name)
+            for group, of_group in zip(groups, covariances, strict=True)
+            for name in group
+        ]
+        eigen = self.artifacts("curvature: eigenvectors", summed, unit="modules")
+        bases = {name: found.key for name, found in zip(names, eigen, strict=True)}
+        moments = over_sample(
             "curvature: eigenvalues",
-            [MomentWork(reading, tracked, spec, bases)] * len(parts),
-            location=location,
-            sources=parts,
+            [MomentWork(reading, tracked, spec, tuple((name, bases[name]) for name in group)) for group in groups],
         )
-        keys = tuple(part.key for part in moments if part.facts["examples"])
-        squares = self.artifacts("curvature: λ", [LambdaWork(keys, name) for name in names], unit="modules")
+        averaged = [
+            LambdaWork(tuple(part.key for part in of_group), name)
+            for group, of_group in zip(groups, moments, strict=True)
+            for name in group
+        ]
+        squares = self.artifacts("curvature: λ", averaged, unit="modules")
         facts: dict[str, float | int | str] = {"examples": int(squares[0].facts["examples"])}
-        for (name, basis), square in zip(bases, squares, strict=True):
-            facts |= {EIGEN + name: basis, LAMBDA + name: square.key}
+        for name, square in zip(names, squares, strict=True):
+            facts |= {EIGEN + name: bases[name], LAMBDA + name: square.key}
         artifacts.publish(self.storage, key, {}, facts=facts)
         return key
 
@@ -247,13 +279,18 @@ class Stages:
             self.context.log(f"{len(found)} of {len(tasks)} {noun} are there already.", stage=stage)
         self.context.progress(stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined)
 
+        tokens = 0
+
         def on_done(task: Task, manifest: Any) -> None:
-            nonlocal done, quarantined
+            nonlocal done, quarantined, tokens
             found[task.key] = manifest
+            tokens += _tokens_of(manifest)
             self._tell_memory(manifest.versions.get(LOWERED), stage)
             done += weight(task)
             quarantined += len(getattr(manifest, "quarantined", ()))
-            self.context.progress(stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined)
+            self.context.progress(
+                stage, done, total, unit=unit, resumed=resumed, quarantined=quarantined, tokens=tokens
+            )
 
         missing = list({task.key: task for task in tasks if task.key not in found}.values())
         if missing:
@@ -271,8 +308,36 @@ class Stages:
 
     def stored(self, manifests: Sequence[ShardManifest], number: int = 0) -> F32:
         """All rows of the ``number``-th array of these shards."""
-        parts = [shards.read_rows(self.storage, manifest, manifest.arrays[number].info) for manifest in manifests]
-        return np.concatenate(parts)
+        return np.concatenate([self.rows_of(manifest, manifest.arrays[number].info) for manifest in manifests])
+
+    def rows_of(self, manifest: ShardManifest, array: ArrayInfo) -> F32:
+        """One array of a shard, (rows, dims)."""
+        return shards.read_rows(self.storage, manifest, array)
+
+    def numbers(self, key: str, stem: str) -> dict[str, NDArray[Any]]:
+        """The tensors of one file of an artifact."""
+        return artifacts.read(self.storage, artifacts.get(self.storage, key), stem)
+
+
+def _tokens_of(result: ShardManifest | Artifact) -> int:
+    """How many tokens were read or written for it."""
+    return result.tokens if isinstance(result, ShardManifest) else int(result.facts.get("tokens", 0))
+
+
+def grouped(shapes: Mapping[str, tuple[int, int]], most_bytes: int) -> list[tuple[str, ...]]:
+    """The modules in order, in as few groups as keep what EK-FAC holds of each within ``most_bytes``, when one
+    fits at all: both covariances or eigenbases in float32, and λ.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, (d_out, d_in) in shapes.items():
+        need = 4 * (d_out**2 + d_in**2 + d_out * d_in)
+        if not groups or need > room:
+            groups.append([])
+            room = most_bytes
+        groups[-1].append(name)
+        room -= need
+    return [tuple(group) for group in groups]
 
 
 def sample_rows(ids: Sequence[str], count: int, seed: int) -> list[int]:

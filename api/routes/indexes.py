@@ -10,7 +10,7 @@ from api.routes.datasets import quarantine_page
 from api.schemas import IndexIn, Items, QuarantinePage, QuerySetsIn
 from service import codec, indexes
 from service.contracts import IndexRecord, JobRecord
-from service.planning import ExtendRequest, IndexRequest, plan_extension, plan_index
+from service.planning import ExtendRequest, IndexRequest, plan_estimate, plan_extension, plan_index
 from service.registry import INDEXES
 from service.terms import JobKind
 
@@ -23,6 +23,16 @@ def build_index(body: IndexIn, services: ServicesDep, response: Response) -> Job
     request = codec.from_plain(IndexRequest, body.model_dump())
     spec = plan_index(request, services.registry, services.redis, services.settings)
     return accepted(response, services.jobs.submit(JobKind.BUILD_INDEX, spec))
+
+
+@router.post(":estimate", status_code=202, summary="What a build would cost", responses=documented(404, 422))
+def estimate_index(body: IndexIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a short measurement on the workers. The job's result: ``seconds``, ``worker_bytes`` (most memory of one
+    worker), ``device_bytes`` (of its GPU), ``disk_bytes``, and the same for each of the ``stages``.
+    """
+    request = codec.from_plain(IndexRequest, body.model_dump())
+    spec = plan_estimate(request, services.registry, services.settings)
+    return accepted(response, services.jobs.submit(JobKind.ESTIMATE_INDEX, spec))
 
 
 @router.post(

@@ -19,6 +19,7 @@ from service.work import (
     MomentWork,
     NarrowWork,
     ScoutWork,
+    ShapesWork,
     TokenSharesWork,
 )
 from workers.models import Loaded
@@ -27,6 +28,7 @@ from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
     AnswersWork: answers.answers,
+    ShapesWork: factors.shapes,
     CovarianceWork: factors.covariances,
     EigenWork: factors.eigen,
     MomentWork: factors.moments,

@@ -1,8 +1,9 @@
 """The model's own answers to the prompts of some examples, which projection differences compare with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from service import artifacts
 from service.contracts import Example, Quarantined
@@ -13,18 +14,17 @@ from workers.batches import BATCH_COST, plan
 from workers.curvature import uniforms
 from workers.masks import UnrenderableError, tokenise
 from workers.models import Loaded
-from workers.prepare import check_vocabulary
+from workers.prepare import check_vocabulary, out_of_memory, too_large
 from workers.works.result import Result
 
 FILE = "answers"
 _NO_GRAPH = 4  # times the token budget: nothing is kept for a backward
 
 
-def answers(work: AnswersWork, _storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
+def answers(work: AnswersWork, _storage: Storage | None, loaded: Loaded, examples: Sequence[Example]) -> Result:
     """Token ids of all answers one after another, and their lengths; 0: the example cannot be answered."""
-    found: dict[int, Ids] = {}
-    by_limit: dict[int, list[int]] = {}
     prompts: dict[int, Ids] = {}
+    limits: dict[int, int] = {}
     for position, example in enumerate(examples):
         prompt = prompt_of(example, loaded)
         if isinstance(prompt, Quarantined):
@@ -32,22 +32,28 @@ def answers(work: AnswersWork, _storage: Storage, loaded: Loaded, examples: Sequ
         check_vocabulary(loaded, work.reading, prompt)
         limit = min(work.spec.max_new_tokens, work.reading.max_length - len(prompt))
         if limit > 0:
-            prompts[position] = prompt
-            by_limit.setdefault(limit, []).append(position)
-    for limit, positions in by_limit.items():
-        lengths = [len(prompts[position]) + limit for position in positions]
-        cost = BATCH_COST.get(loaded.device.type, BATCH_COST["cuda"])
-        for group in plan(lengths, _NO_GRAPH * work.reading.token_budget, cost):
-            members = [positions[row] for row in group]
-            made = generate(
-                loaded,
-                [prompts[position] for position in members],
-                [uniforms(work.spec.seed, examples[position].id, limit) for position in members],
-                limit=limit,
-                temperature=work.spec.temperature,
-                ends=ends_of(loaded, work.spec.ends),
-            )
-            found |= dict(zip(members, made, strict=True))
+            prompts[position], limits[position] = prompt, limit
+    found: dict[int, Ids] = {}
+    waiting = _planned(work, loaded, prompts, limits)
+    while waiting:
+        group, waiting = waiting[0], waiting[1:]
+        try:
+            answered = _group(work, loaded, examples, {each: prompts[each] for each in group}, limits)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            answered = None  # and no longer inside the handler, whose traceback holds on to the tensors
+        if answered is not None:
+            found |= answered
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        padded = len(group) * max(len(prompts[each]) + limits[each] for each in group)
+        if len(group) == 1:
+            raise too_large(examples[group[0]], padded)
+        loaded.memory.full(padded // _NO_GRAPH)
+        left = [each for rest in (group, *waiting) for each in rest]
+        waiting = _planned(work, loaded, {each: prompts[each] for each in left}, limits)
     empty = np.zeros(0, dtype=np.int64)
     each = [found.get(position, empty) for position in range(len(examples))]
     tensors = {
@@ -55,6 +61,51 @@ def answers(work: AnswersWork, _storage: Storage, loaded: Loaded, examples: Sequ
         "lengths": np.array([len(ids) for ids in each], dtype=np.int32),
     }
     return {FILE: tensors}, {"examples": len(found), "tokens": int(tensors["lengths"].sum())}
+
+
+def _planned(
+    work: AnswersWork, loaded: Loaded, prompts: Mapping[int, Ids], limits: Mapping[int, int]
+) -> list[list[int]]:
+    """The prompts in groups that are answered together; those with similar limits are neighbours."""
+    positions = sorted(prompts, key=lambda position: (limits[position], position))
+    lengths = [len(prompts[position]) + limits[position] for position in positions]
+    cost = BATCH_COST.get(loaded.device.type, BATCH_COST["cuda"])
+    budget = _NO_GRAPH * loaded.memory.within(work.reading.token_budget)
+    return [[positions[row] for row in group] for group in plan(lengths, budget, cost)]
+
+
+def _group(
+    work: AnswersWork,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    prompts: Mapping[int, Ids],
+    limits: Mapping[int, int],
+) -> dict[int, Ids]:
+    """Answers to prompts of one batch. Where the context leaves them different limits, those that have reached
+    theirs leave the batch: no position beyond the context is ever computed.
+    """
+    ends = ends_of(loaded, work.spec.ends)
+    uniform = {each: uniforms(work.spec.seed, examples[each].id, limits[each]) for each in prompts}
+    made = {each: np.zeros(0, dtype=np.int64) for each in prompts}
+    running, done = list(prompts), 0
+    while running:
+        steps = min(limits[each] for each in running) - done
+        parts = generate(
+            loaded,
+            [np.concatenate([prompts[each], made[each]]) for each in running],
+            [uniform[each][done : done + steps] for each in running],
+            limit=steps,
+            temperature=work.spec.temperature,
+            ends=ends,
+        )
+        done += steps
+        going = []
+        for each, part in zip(running, parts, strict=True):
+            made[each] = np.concatenate([made[each], part]) if len(part) else part  # empty: the model gave NaN
+            if len(part) and limits[each] > done and part[-1] not in ends:
+                going.append(each)
+        running = going
+    return made
 
 
 def read(storage: Storage, keys: Sequence[str]) -> Iterator[Ids]:

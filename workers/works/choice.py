@@ -17,17 +17,17 @@ from workers.models import Loaded
 from workers.works.result import Result, Tensors
 from workers.works.rows import blocks, rows_of_jacobian
 
-_SCOUTS = 8
-_AT_ONCE = 2
+SCOUTS = 8  # random directions that stand for all v
+AT_ONCE = 2  # of them per backward: every eigenvector is kept here
 
 
 def scout(work: ScoutWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
     """Σ_j and Σ_i of E_v⟨v, J_ij⟩² λ_ij/(λ_ij+δ)² by module: the marginal importance of each eigenvector."""
-    width = loaded.model.config.get_text_config().hidden_size
-    generator = np.random.Generator(np.random.Philox(key=_SCOUTS))
-    directions = torch.from_numpy(generator.standard_normal((_SCOUTS, width)).astype(np.float32))
+    width = loaded.width
+    generator = np.random.Generator(np.random.Philox(key=SCOUTS))
+    directions = torch.from_numpy(generator.standard_normal((SCOUTS, width)).astype(np.float32))
     total: dict[str, torch.Tensor] = {}
-    for chunk in directions.to(loaded.device).split(_AT_ONCE):
+    for chunk in directions.to(loaded.device).split(AT_ONCE):
         sums, _, _ = rows_of_jacobian(work, storage, loaded, examples, chunk)
         for name, rows in sums.items():
             square = rows.square().sum(0)

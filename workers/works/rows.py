@@ -1,6 +1,6 @@
 """The query side as rows of coordinates: the concept Jacobian and the gradients of the loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from service.terms import LossReduction
 from service.work import JacobianWork, LossRowsWork, MixWork, ScoutWork
 from workers import eigenbasis
 from workers.batches import Batch
-from workers.gradients import loss_coordinates
+from workers.gradients import Sides, loss_coordinates
 from workers.jacobian import direction_rows, jacobian
 from workers.models import Loaded
 from workers.prepare import prepare
@@ -23,7 +23,7 @@ from workers.works.result import Result, Tensors
 
 def concept_jacobian(work: JacobianWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
     if work.directions is None:
-        width = loaded.model.config.get_text_config().hidden_size
+        width = loaded.width
         directions = direction_rows(width, work.start, work.stop, loaded.device)
     else:
         rows = artifacts.read(storage, artifacts.get(storage, work.directions), "directions")["rows"]
@@ -41,8 +41,19 @@ def rows_of_jacobian(
     directions: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], int, int]:
     """D·J averaged over the query set, by module; the examples that were used and those set aside."""
+    sides = eigenbasis.sides(storage, work.curvature, loaded.device, only=loaded.linear_maps(work.layer))
+    return jacobian_on(work, sides, loaded, examples, directions)
+
+
+def jacobian_on(
+    work: JacobianWork | ScoutWork,
+    sides: Mapping[str, Sides],
+    loaded: Loaded,
+    examples: Sequence[Example],
+    directions: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], int, int]:
+    """The same on given eigenvectors, of modules in blocks up to the layer."""
     modules = loaded.linear_maps(work.layer)
-    sides = eigenbasis.sides(storage, work.curvature, loaded.device, only=modules)
     if not sides:
         detail = f"No tracked map lies in blocks 1 to {work.layer}: f_v at layer {work.layer} has no gradient."
         raise Invalid("nothing_tracked", detail, param="layers")
@@ -85,15 +96,20 @@ def mix(work: MixWork, storage: Storage, _loaded: None, _examples: Sequence[Exam
 
 
 def loss_rows(work: LossRowsWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
-    sides = eigenbasis.sides(storage, work.curvature, loaded.device)
-    modules = dict(loaded.model.named_modules())
+    return loss_rows_on(work, eigenbasis.sides(storage, work.curvature, loaded.device), loaded, examples)
+
+
+def loss_rows_on(
+    work: LossRowsWork, sides: Mapping[str, Sides], loaded: Loaded, examples: Sequence[Example]
+) -> Result:
+    """The same on given eigenvectors."""
     prepared = prepare(loaded, work.reading, examples, trains=True, pooling=None, windows=True)
     order = {position: row for row, position in enumerate(sorted(prepared.tokens))}
     k = sum(side.size for side in sides.values())
     table = torch.zeros(1 if work.mean else len(order), k, device=loaded.device)
 
     def of_batch(_members: list[int], batch: Batch) -> torch.Tensor:
-        return loss_coordinates(loaded.model, modules, sides, batch)[0]
+        return loss_coordinates(loaded.model, loaded.modules, sides, batch)[0]
 
     damaged: set[int] = set()
     # Of an example in windows one may be damaged when others have been added: such are added at the end.

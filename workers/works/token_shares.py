@@ -97,7 +97,6 @@ def on_coordinates(reads: Readout, work: TokenSharesWork, u: Tensor) -> dict[str
 
 def of_gradient(loaded: Loaded, sides: Mapping[str, Sides], weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """(B, T) shares of ⟨Q, C⟩ summed over modules; ``weights``: Q by module."""
-    modules = dict(loaded.model.named_modules())
     total = torch.zeros(batch.ids.shape, device=loaded.device)
 
     def forward(name: str, inputs: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def of_gradient(loaded: Loaded, sides: Mapping[str, Sides], weights: Mapping[str
     def backward(name: str, projected: Tensor, gradient: Tensor) -> None:
         total.add_(((project(gradient, sides[name].out) @ weights[name]) * projected).sum(-1))
 
-    with taps({name: modules[name] for name in sides}, forward=forward, backward=backward):
+    with taps({name: loaded.modules[name] for name in sides}, forward=forward, backward=backward):
         losses(loaded.model, batch).sum().backward()
     return total
 

@@ -1,0 +1,1 @@
+"""What a build will cost, before it runs: rehearsed without workers, priced by a short measured probe."""
