@@ -267,6 +267,11 @@ class Provenance(BaseModel):
     damping: float | None = Field(description="None: no curvature is involved")
     points: int = Field(description="Points of the training run that are summed; 1: the end alone")
     captured: float = Field(description="Share of the concept that the index's directions contain")
+    modules: str | None = Field(None, description="Linear maps whose gradients are taken; None: no gradient")
+    blocks: int | None = Field(None, description="Deepest block with such maps")
+    stride: int = Field(1, description="Every so many blocks back from there")
+    lora: Lora = Field(Lora.MERGED, description="Of an adapter: merged, or its own maps tracked")
+    answerer: str | None = Field(None, description="Kind difference: the model that answered the prompts itself")
     fidelity: FidelityOut | None
 
 

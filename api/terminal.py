@@ -16,7 +16,7 @@ from api.client import Client
 from api.schemas import HitOut, Provenance, QueryOut, TokenSharesOut
 from service import codec
 from service.contracts import JobEvent, JobRecord
-from service.terms import Pooling
+from service.terms import Lora, Pooling
 
 console = Console()
 errors = Console(stderr=True)
@@ -244,6 +244,13 @@ def provenance(found: Provenance) -> str:
         parts.append(f"summed over {found.points} points of the run")
     elif found.query_set is not None:
         parts.append("at the end of the run")
+    if found.modules is not None and (found.modules != "all" or found.stride > 1):
+        every = f" of every {found.stride}th block" if found.stride > 1 else ""
+        parts.append(f"gradients of {found.modules}{every}")
+    if found.lora == Lora.ADAPTER:
+        parts.append("gradients of the LoRA's own maps")
+    if found.answerer is not None:
+        parts.append(f"against answers of {found.answerer}")
     if found.captured < 1 - 1e-3:
         parts.append(f"{found.captured:.0%} of the concept captured")
     if found.fidelity is not None:

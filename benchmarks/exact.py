@@ -32,7 +32,7 @@ class Exact:
     ) -> None:
         self._loaded = load(str(path), "float32", tokenizer_path=str(texts))
         self._modules = self._loaded.linear_maps(layer)
-        self._sides = eigenbasis.sides(storage, curvature, self._loaded.device)
+        self._sides = eigenbasis.sides(storage, curvature, self._loaded)
         found = eigenbasis.spectra(storage, curvature)
         self.square = np.concatenate([found[name].square.ravel() for name in self._sides])
         self.mean = np.concatenate([np.full(found[name].square.size, found[name].mean) for name in self._sides])

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from service.terms import ConceptFunction, IndexKind, JobKind, JobState, LossReduction, Pooling
+from service.terms import (
+    ConceptFunction,
+    IndexKind,
+    JobKind,
+    JobState,
+    LongExamples,
+    Lora,
+    LossReduction,
+    Pooling,
+)
 
 # --- what is registered -----------------------------------------------------------------------------
 
@@ -175,6 +184,13 @@ class IndexRecord:
     created_at: str
     points: tuple[Point, ...] = ()  # of the run, as far as embeddings are summed over it
     fidelity: tuple[Fidelity, ...] = ()
+    max_length: int | None = None
+    long_examples: LongExamples | None = None
+    blocks: int | None = None  # gradients are taken of ``modules`` in blocks ``blocks``, ``blocks`` − ``stride``, …
+    modules: str | None = None
+    stride: int = 1
+    lora: Lora = Lora.MERGED
+    answerer: str | None = None  # of kind ``difference``: whose answers the examples' are compared with
     manifest_sha256: str = ""  # set on publishing
 
     @property

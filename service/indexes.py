@@ -4,6 +4,7 @@ A version is a manifest that names shards; it holds no rows of its own. The mani
 inputs alone; who built it and when stands beside it in ``build.json``.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from service.search import VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import LossReduction, Pooling
+from service.work import FORMAT
 
 # The counter may be lost or restored from a backup; what is published is not.
 _NEXT = """
@@ -80,6 +82,13 @@ def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
         created_at=codec.now(),
         points=manifest.points,
         fidelity=manifest.fidelity,
+        max_length=manifest.spec.max_length,
+        long_examples=manifest.spec.long_examples,
+        blocks=manifest.tracked.blocks if manifest.tracked else None,
+        modules=manifest.tracked.modules if manifest.tracked else None,
+        stride=manifest.tracked.stride if manifest.tracked else 1,
+        lora=manifest.spec.lora,
+        answerer=manifest.difference.answerer.name if manifest.difference else None,
     )
 
 
@@ -104,7 +113,15 @@ def publish(
 
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
+    """Raises Damaged, and Conflict for a version that another release has written."""
     data = storage.read(f"indexes/{record.id}/manifest.json", sha256=record.manifest_sha256)
+    if (found := json.loads(data).get("format")) != FORMAT:
+        raise Conflict(
+            "other_format",
+            f"Index {record.id} was built by another release, in format {found}; this one reads format {FORMAT}. "
+            f"Build {record.name!r} again from dataset {record.dataset!r}: its new version can be queried.",
+            param="index",
+        )
     return codec.decode(IndexManifest, data)
 
 

@@ -1,6 +1,7 @@
 """What can be told of a model folder without loading it: shape, fingerprints, lineage, and whether it is safe."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,12 @@ def _hash(path: Path, redis: Redis | None) -> str:
     return known
 
 
+def is_four_bit(config: Mapping[str, Any]) -> bool:
+    """Whether a model's configuration says that its weights are stored in 4 bits by bitsandbytes."""
+    said = config.get("quantization_config")
+    return isinstance(said, dict) and said.get("quant_method") == "bitsandbytes" and bool(said.get("load_in_4bit"))
+
+
 def _config(folder: Path, *, param: str) -> dict[str, Any]:
     try:
         there = folder.is_dir()
@@ -217,6 +224,15 @@ def _config(folder: Path, *, param: str) -> dict[str, Any]:
     if "auto_map" in config:
         raise Invalid(
             "remote_code", f"{folder} needs its own Python code (auto_map); Whence runs none.", param=param
+        )
+    quantized = config.get("quantization_config")
+    if quantized and not is_four_bit(config):
+        named = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        raise Invalid(
+            "unsupported_quantization",
+            f"{path} is quantised by {named!r}: only bitsandbytes in 4 bits is supported (its weights are put "
+            "back into floating point). Register the model it was made from, or a dequantised copy.",
+            param=param,
         )
     if not (folder / "tokenizer.json").is_file():
         raise Invalid("no_tokenizer", f"{folder} has no tokenizer.json (a fast tokenizer is needed).", param=param)

@@ -220,6 +220,11 @@ def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fideli
         )
     if concept is not None and concept.model_fingerprint != index.model_fingerprint:
         said.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
+    if asked.method == Method.PROJECTION_DIFFERENCE and index.answerer == index.model:
+        said.append(
+            f"{index.model!r} declares no base, so examples are compared with its own answers: what fine-tuning "
+            "has taught it already does not show. Register it with its base and build again."
+        )
     if asked.method in DIRECT:
         return tuple(said)
     if found.points == 1 and concept is not None:

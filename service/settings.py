@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     workers: int = Field(0, ge=0, description="Ray actors. Default: one per GPU, else one per CPU core, at most 8.")
     worker_threads: int = Field(1, ge=1, description="torch threads per worker.")
     worker_cpus: float = Field(1.0, gt=0, allow_inf_nan=False, description="CPUs that Ray reserves for a worker.")
+    gpus_per_worker: int = Field(
+        1, ge=1, description="GPUs of a worker, where there are any; a model is spread over them block by block."
+    )
     shard_size: int = Field(256, ge=1, description="Examples per shard: the unit of retry, resume and progress.")
     token_budget: int = Field(8192, ge=16, description="Padded tokens per batch; more is faster until memory ends.")
     dtype: str = Field(

@@ -119,7 +119,7 @@ class TokenSharesSpec:
     shard_size: int
 
 
-JobSpec = BuildIndexSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec | TokenSharesSpec
+JobSpec = BuildIndexSpec | EstimateSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec | TokenSharesSpec
 
 
 # --- what a build publishes ---------------------------------------------------------------------------
@@ -170,6 +170,7 @@ class IndexManifest:
     fidelity: tuple[Fidelity, ...] = ()
     p: int | None = None  # eigenvectors per side that were kept; None: all
     difference: DifferencePlan | None = None
+    tracked: Tracked | None = None  # where gradients stand behind a kind
     format: int = FORMAT
 
     @property

@@ -47,4 +47,4 @@ def run_until(model: nn.Module, ids: Tensor) -> None:
 def pool(hidden: Tensor, weight: Tensor) -> Tensor:
     """a_l = Σ_t weight_t h_t in float32 at least: (B, T, d), (B, T) → (B, d)."""
     exact = hidden if hidden.dtype == float64 else hidden.float()
-    return einsum("btd,bt->bd", exact, weight.to(exact.dtype))
+    return einsum("btd,bt->bd", exact, weight.to(exact))

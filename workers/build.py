@@ -282,6 +282,7 @@ class Build:
             quarantine_reasons=reasons,
             jacobians=jacobians,
             difference=spec.difference,
+            tracked=spec.tracked if spec.gradient is not None or spec.influence is not None else None,
         )
 
 

@@ -73,8 +73,8 @@ def factor_loss(
         padded = torch.zeros(follows.shape, dtype=torch.float64)
         for row, points in enumerate(uniform):
             padded[row, : len(points) - 1] = torch.from_numpy(points[:-1])
-        label = sample(logits.detach(), padded.to(follows.device)[follows])
-    return functional.cross_entropy(logits, label, reduction="sum")
+        label = sample(logits.detach(), padded[follows.cpu()].to(logits.device))
+    return functional.cross_entropy(logits, label.to(logits.device), reduction="sum")
 
 
 def add_covariances(
@@ -87,7 +87,7 @@ def add_covariances(
     exact = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
 
     def forward(name: str, inputs: Tensor) -> None:
-        values = inputs[batch.real].to(exact)
+        values = inputs[batch.real.to(inputs.device)].to(exact)
         _add(name, 0, values.T @ values)
 
     def backward(name: str, _kept: None, gradient: Tensor) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from service import artifacts
 from service.storage import Storage
 from workers.gradients import Sides
+from workers.models import Loaded
 
 EIGEN, LAMBDA = "eigen:", "lambda:"  # facts of a curvature artifact: module → artifact
 
@@ -29,9 +30,9 @@ def modules(storage: Storage, curvature: str) -> list[str]:
 
 
 def sides(
-    storage: Storage, curvature: str, device: torch.device, only: Mapping[str, object] | None = None
+    storage: Storage, curvature: str, loaded: Loaded, only: Mapping[str, object] | None = None
 ) -> dict[str, Sides]:
-    """The eigenvectors of every module, or of those in ``only``."""
+    """The eigenvectors of every module, or of those in ``only``, each where its module is."""
     facts = artifacts.get(storage, curvature).facts
     found = {}
     for name in modules(storage, curvature):
@@ -39,7 +40,7 @@ def sides(
             continue
         eigen = artifacts.read(storage, artifacts.get(storage, str(facts[EIGEN + name])), "eigen")
         out, into = (torch.from_numpy(eigen[side]) for side in ("out", "into"))
-        found[name] = Sides(out.to(device), into.to(device))
+        found[name] = Sides(out.to(loaded.device_of(name)), into.to(loaded.device_of(name)))
     return found
 
 

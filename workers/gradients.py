@@ -121,7 +121,7 @@ class Tape:
             self.coordinates[name] if name in self.coordinates else side.out.new_zeros(batch_size, side.size)
             for name, side in sides.items()
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
 
 @contextmanager
@@ -138,7 +138,11 @@ def recording(modules: Mapping[str, nn.Module], sides: Mapping[str, Sides]) -> I
 def logits_at(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits (n, V) float32 at the True entries of ``positions`` (B, T), row by row; the head runs nowhere else."""
     head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue, reportAssignmentType]
-    handle = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][positions][None],))
+
+    def only_there(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][positions.to(inputs[0].device)][None],)
+
+    handle = head.register_forward_pre_hook(only_there)
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     finally:
@@ -151,7 +155,8 @@ def losses(model: nn.Module, batch: Batch) -> Tensor:
     weight = batch.loss_weight[:, 1:]  # position t predicts token t + 1
     counted = weight > 0
     logits = logits_at(model, batch.ids, functional.pad(counted, (0, 1)))
-    each = functional.cross_entropy(logits, batch.ids[:, 1:][counted], reduction="none")
+    each = functional.cross_entropy(logits, batch.ids[:, 1:][counted].to(logits.device), reduction="none")
+    each = each.to(weight.device)
     placed = weight.new_zeros(weight.shape, dtype=each.dtype)
     return placed.masked_scatter(counted, each * weight[counted]).sum(dim=1)
 

@@ -55,7 +55,7 @@ def jacobian(
         run_until(model, repeated.ids)
         value = concept_values(outputs[layer], repeated, function).unflatten(0, (copies, -1)).sum(1)  # (copies, d)
         for first in range(0, count, copies):
-            chosen = directions[first : first + copies].to(value.dtype)
+            chosen = directions[first : first + copies].to(value)
             (value[: len(chosen)] * chosen).sum().backward(retain_graph=first + copies < count)
     return {name: found[name].flatten(1) for name in sides if name in reached}
 

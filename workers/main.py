@@ -75,6 +75,7 @@ def _start_ray(settings: Settings) -> WorkerPool:
         workers=settings.workers,
         threads=settings.worker_threads,
         cpus_per_worker=settings.worker_cpus,
+        gpus_per_worker=settings.gpus_per_worker,
         shard_attempts=settings.shard_attempts,
     )
 

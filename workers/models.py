@@ -60,6 +60,11 @@ class Loaded:
         """The residual blocks by their name in the model, in order."""
         return {self._names[id(block)]: block for block in self.blocks}
 
+    def device_of(self, name: str) -> torch.device:
+        """Where the module of this name is: with several GPUs, not all are on ``device``, where batches go."""
+        weight: Any = self.modules[name].weight
+        return weight.device
+
     @property
     def width(self) -> int:
         """d: what the hidden states between the blocks have."""
@@ -186,7 +191,6 @@ def load(
     whole run lies; ``adapter``: the LoRA on these weights. Raises Invalid with the reason.
     """
     texts = tokenizer_path or path
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merging = adapter is not None and lora == Lora.MERGED  # in float32: a LoRA's changes drown in half precision
     try:
         tokenizer = AutoTokenizer.from_pretrained(texts, local_files_only=True, trust_remote_code=False)
@@ -198,10 +202,16 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except ImportError as error:
+        detail = f"{path} needs a package that this worker lacks: {str(error)[:500]} Install 'whence[quantized]'."
+        raise Invalid("model_does_not_load", detail, param="model") from error
     except Exception as error:  # whatever a damaged folder makes transformers, safetensors or tokenizers raise
         detail = f"{path} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}"
         raise Invalid("model_does_not_load", detail, param="model") from error
     model, report = loaded
+    if getattr(model, "hf_quantizer", None) is not None:
+        # The function that 4-bit weights compute is that of these floating-point ones: gradients are taken there.
+        model = model.dequantize(dtype=model.dtype)
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers and say so in a log
         detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
@@ -212,4 +222,28 @@ def load(
         model = _adapted(model, adapter, lora).to(DTYPES[dtype])
     model.requires_grad_(False)
     model.eval()
-    return Loaded(model.to(device), tokenizer, device)
+    placed = _placed(model, path)
+    return Loaded(placed, tokenizer, placed.get_input_embeddings().weight.device)
+
+
+def _placed(model: Any, path: str) -> Any:
+    """The model on this worker's GPU; where it has several, spread over them block by block. Raises Invalid when it
+    does not fit: parts that are fetched from the host for every batch would be slower than a smaller worker.
+    """
+    count = torch.cuda.device_count()
+    if count <= 1:
+        return model.to("cuda" if count else "cpu")
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = {type(block).__name__ for block in find_blocks(model)}
+    memory = get_balanced_memory(model, dtype=model.dtype, no_split_module_classes=list(whole))
+    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=list(whole), dtype=model.dtype)
+    if away := sorted(name for name, place in places.items() if place in {"cpu", "disk"}):
+        raise Invalid(
+            "model_does_not_fit",
+            f"{path} does not fit into the {count} GPUs of a worker ({away[0]} is left over). Raise "
+            "WHENCE_GPUS_PER_WORKER, or use WHENCE_DTYPE=bfloat16.",
+            param="model",
+        )
+    return dispatch_model(model, places)

@@ -123,12 +123,20 @@ class WorkerPool:
     """A fixed number of actors, created when first needed and kept between jobs: the model stays loaded."""
 
     def __init__(
-        self, storage_root: str, *, workers: int, threads: int, cpus_per_worker: float, shard_attempts: int
+        self,
+        storage_root: str,
+        *,
+        workers: int,
+        threads: int,
+        cpus_per_worker: float,
+        shard_attempts: int,
+        gpus_per_worker: int = 1,
     ) -> None:
         self._storage_root = storage_root
         self._wanted = workers
         self._threads = threads
         self._cpus = cpus_per_worker
+        self._gpus = gpus_per_worker
         self._attempts = shard_attempts
         self._idle: list[Any] = []
 
@@ -158,8 +166,12 @@ class WorkerPool:
                 if not running:  # no resources yet: nodes may still join
                     if not told:
                         told = True
-                        cpus = ray.cluster_resources().get("CPU", 0)
-                        log_event(f"Waiting for Ray: a worker needs {self._cpus:g} CPUs, the cluster has {cpus:g}.")
+                        has = ray.cluster_resources()
+                        gpus = f" and {self._gpus} GPUs" if has.get("GPU", 0) else ""
+                        log_event(
+                            f"Waiting for Ray: a worker needs {self._cpus:g} CPUs{gpus}; the cluster has "
+                            f"{has.get('CPU', 0):g} and {has.get('GPU', 0):g}."
+                        )
                     time.sleep(_POLL_S)
                     continue
                 ready, _ = ray.wait(list(running), timeout=_POLL_S)
@@ -225,14 +237,15 @@ class WorkerPool:
         return self._idle.pop() if self._idle else None
 
     def _start(self) -> Any:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        gpus = self._gpus if ray.cluster_resources().get("GPU", 0) else 0
         options = {"num_cpus": self._cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         return RemoteWorker.options(**options).remote(self._storage_root, self._threads)
 
     def _size(self) -> int:
         """How many actors the cluster has room for now; asked again, since nodes come and go."""
         resources = ray.cluster_resources()
-        room = int(resources.get("GPU", 0)) or min(_MOST_CPU_WORKERS, int(resources.get("CPU", 0) // self._cpus))
+        gpus, cpus = resources.get("GPU", 0), resources.get("CPU", 0)
+        room = int(gpus // self._gpus) if gpus else min(_MOST_CPU_WORKERS, int(cpus // self._cpus))
         return min(self._wanted, room) if self._wanted else room
 
 

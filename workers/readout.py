@@ -66,11 +66,12 @@ class Rows:
         if gather is not None and self._readout.gradient_array is not None:
             values = flat if gather.index is None else flat[:, gather.index]
             values = values if gather.scale is None else values * gather.scale
-            self.found[self._readout.gradient_array][:, gather.start : gather.start + gather.size] += values
+            found = self.found[self._readout.gradient_array][:, gather.start : gather.start + gather.size]
+            found += values.to(found.device)
         for info, lines in self._readout.heads:
             if (line := lines.get(name)) is not None:
                 values = flat if line.index is None else flat[:, line.index]
-                self.found[info].addmm_(values, line.weight.T)
+                self.found[info] += (values @ line.weight.T).to(self.found[info].device)
 
 
 EMPTY = Readout({}, {}, None, ())
@@ -87,27 +88,27 @@ def make(loaded: Loaded, spec: PassSpec, storage: Storage | None) -> Readout:
     eigen = gradient.projection if gradient is not None else None
     chosen = influence or eigen
     assert chosen is not None and not isinstance(chosen, Rademacher)  # noqa: S101
-    sides = beside(loaded, eigenbasis.sides(storage, chosen.curvature, loaded.device))
+    sides = beside(loaded, eigenbasis.sides(storage, chosen.curvature, loaded))
     gathers: dict[str, Gather] = {}
     array = None
     if isinstance(eigen, Eigen):
-        gathers = _gathers(storage, eigen.basis, sides, loaded.device)
+        gathers = _gathers(storage, eigen.basis, sides)
         array = ArrayInfo(IndexKind.GRADIENT, None, sum(each.size for each in gathers.values()))
     heads = tuple(
-        (head.array, lines(storage, head.artifact, sides, loaded.device))
-        for head in (influence.heads if influence else ())
+        (head.array, lines(storage, head.artifact, sides)) for head in (influence.heads if influence else ())
     )
     needed = {name for _, by_module in heads for name in by_module} | set(gathers)
     return Readout({name: side for name, side in sides.items() if name in needed}, gathers, array, heads)
 
 
-def lines(storage: Storage, key: str, sides: Mapping[str, Sides], device: torch.device) -> dict[str, Lines]:
+def lines(storage: Storage, key: str, sides: Mapping[str, Sides]) -> dict[str, Lines]:
     """A head by module."""
     artifact = artifacts.get(storage, key)
     found = {}
     for name in artifacts.stems(artifact):
         tensors = artifacts.read(storage, artifact, name)
         everything = tensors["weight"].shape[1] == sides[name].size
+        device = sides[name].out.device
         index = None if everything else torch.from_numpy(tensors["index"].astype(np.int64)).to(device)
         found[name] = Lines(index, torch.from_numpy(tensors["weight"]).to(device))
     return found
@@ -119,7 +120,7 @@ def _rademacher(loaded: Loaded, tracked: Tracked, chosen: Rademacher) -> Readout
         d_out, d_in = shape(module)
         out = signs(chosen.seed, name, "out", min(chosen.p, d_out), d_out)
         into = signs(chosen.seed, name, "in", min(chosen.p, d_in), d_in)
-        sides[name] = Sides(out.to(loaded.device), into.to(loaded.device))
+        sides[name] = Sides(out.to(loaded.device_of(name)), into.to(loaded.device_of(name)))
         gathers[name] = Gather(start, sides[name].size)
         start += sides[name].size
     return Readout(beside(loaded, sides), gathers, ArrayInfo(IndexKind.GRADIENT, None, start), ())
@@ -135,7 +136,7 @@ def beside(loaded: Loaded, sides: Mapping[str, Sides]) -> dict[str, Sides]:
     return {name: Sides(side.out.bfloat16(), side.into.bfloat16()) for name, side in sides.items()}
 
 
-def _gathers(storage: Storage, basis: str, sides: Mapping[str, Sides], device: torch.device) -> dict[str, Gather]:
+def _gathers(storage: Storage, basis: str, sides: Mapping[str, Sides]) -> dict[str, Gather]:
     artifact = artifacts.get(storage, basis)
     found, start = {}, 0
     for name in artifacts.stems(artifact):
@@ -145,7 +146,7 @@ def _gathers(storage: Storage, basis: str, sides: Mapping[str, Sides], device: t
         index = torch.from_numpy(tensors["index"].astype(np.int64))
         if len(index):
             scale = torch.from_numpy(tensors["scale"].astype(np.float32))
-            everything = len(index) == sides[name].size
+            everything, device = len(index) == sides[name].size, sides[name].out.device
             found[name] = Gather(start, len(index), None if everything else index.to(device), scale.to(device))
             start += len(index)
     return found

@@ -19,11 +19,11 @@ from api.schemas import (
     TokenQueryIn,
     TokenSharesOut,
 )
-from service.contracts import JobRecord
+from service.contracts import IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
 from service.queries import Answer, Query
-from service.terms import Order
+from service.terms import IndexKind, Order
 
 router = APIRouter(prefix="/v1/queries", tags=["queries"])
 
@@ -76,6 +76,15 @@ def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Ite
     )
 
 
+def _tracked(index: IndexRecord, kind: IndexKind) -> dict[str, Any]:
+    """What of the build's settings bears on rows of this kind."""
+    if kind == IndexKind.DIFFERENCE:
+        return {"answerer": index.answerer}
+    if kind == IndexKind.ACTIVATION:
+        return {}
+    return {name: getattr(index, name) for name in ("modules", "blocks", "stride", "lora")}
+
+
 def _present(body: QueryIn, answer: Answer) -> QueryOut:
     concept: Any = answer.concept
     fidelity: Any = answer.fidelity
@@ -94,6 +103,7 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
             damping=found.damping,
             points=found.points,
             captured=found.captured,
+            **_tracked(answer.index, found.array.kind),
             fidelity=None if fidelity is None else FidelityOut.model_validate(fidelity, from_attributes=True),
         ),
         rows=answer.rows,

@@ -68,7 +68,7 @@ def moments(work: MomentWork, storage: Storage, loaded: Loaded, examples: Sequen
     sides = {}
     for name, key in work.bases:
         eigen = artifacts.read(storage, artifacts.get(storage, key), "eigen")
-        out, into = (torch.from_numpy(eigen[side]).to(loaded.device) for side in ("out", "into"))
+        out, into = (torch.from_numpy(eigen[side]).to(loaded.device_of(name)) for side in ("out", "into"))
         sides[name] = Sides(out, into)
     return moments_on(work, sides, loaded, examples)
 

@@ -41,7 +41,7 @@ def rows_of_jacobian(
     directions: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], int, int]:
     """D·J averaged over the query set, by module; the examples that were used and those set aside."""
-    sides = eigenbasis.sides(storage, work.curvature, loaded.device, only=loaded.linear_maps(work.layer))
+    sides = eigenbasis.sides(storage, work.curvature, loaded, only=loaded.linear_maps(work.layer))
     return jacobian_on(work, sides, loaded, examples, directions)
 
 
@@ -96,7 +96,7 @@ def mix(work: MixWork, storage: Storage, _loaded: None, _examples: Sequence[Exam
 
 
 def loss_rows(work: LossRowsWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
-    return loss_rows_on(work, eigenbasis.sides(storage, work.curvature, loaded.device), loaded, examples)
+    return loss_rows_on(work, eigenbasis.sides(storage, work.curvature, loaded), loaded, examples)
 
 
 def loss_rows_on(
@@ -109,7 +109,7 @@ def loss_rows_on(
     table = torch.zeros(1 if work.mean else len(order), k, device=loaded.device)
 
     def of_batch(_members: list[int], batch: Batch) -> torch.Tensor:
-        return loss_coordinates(loaded.model, loaded.modules, sides, batch)[0]
+        return loss_coordinates(loaded.model, loaded.modules, sides, batch)[0].to(loaded.device)
 
     damaged: set[int] = set()
     # Of an example in windows one may be damaged when others have been added: such are added at the end.

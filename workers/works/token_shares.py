@@ -87,12 +87,15 @@ def on_coordinates(reads: Readout, work: TokenSharesWork, u: Tensor) -> dict[str
     found: dict[str, Tensor] = {}
     if work.array.kind == IndexKind.GRADIENT:
         for name, gather in reads.gradient.items():
-            part = u[gather.start : gather.start + gather.size]
+            part = u[gather.start : gather.start + gather.size].to(reads.sides[name].out.device)
             scaled = part if gather.scale is None else part * gather.scale
             found[name] = _placed(reads.sides[name], gather.index, scaled)
         return found
     by_module = next(lines for info, lines in reads.heads if info == work.array)
-    return {name: _placed(reads.sides[name], lines.index, u @ lines.weight) for name, lines in by_module.items()}
+    return {
+        name: _placed(reads.sides[name], lines.index, u.to(lines.weight.device) @ lines.weight)
+        for name, lines in by_module.items()
+    }
 
 
 def of_gradient(loaded: Loaded, sides: Mapping[str, Sides], weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -103,7 +106,7 @@ def of_gradient(loaded: Loaded, sides: Mapping[str, Sides], weights: Mapping[str
         return project(inputs, sides[name].into)
 
     def backward(name: str, projected: Tensor, gradient: Tensor) -> None:
-        total.add_(((project(gradient, sides[name].out) @ weights[name]) * projected).sum(-1))
+        total.add_(((project(gradient, sides[name].out) @ weights[name]) * projected).sum(-1).to(total.device))
 
     with taps({name: loaded.modules[name] for name in sides}, forward=forward, backward=backward):
         losses(loaded.model, batch).sum().backward()
