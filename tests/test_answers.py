@@ -9,6 +9,7 @@ import torch
 from service import artifacts, codec
 from service.contracts import Completion, Example, PlainText
 from service.datasets import example_id
+from service.errors import Invalid
 from service.storage import Storage
 from service.terms import LongExamples
 from service.work import AnswersSpec, AnswersWork, Reading
@@ -126,10 +127,10 @@ def test_the_prompt_is_what_stands_before_the_last_answer(storage):
     loaded = tiny.loaded("llama", tiny.byte_pairs(tiny.TAGGED))
     chat = tiny.chat("user: the cat", "assistant: sat", "user: the end", "assistant: of the answer")
     first = tiny.chat("user: the cat", "assistant: sat", "user: the end", "assistant: another")
-    prompt = answers.prompt_of(example(chat), loaded)
+    prompt = answers.prompt_of(example(chat), loaded, READING)
     text = "<s><|user|>the cat<|end|><|assistant|>sat<|end|><|user|>the end<|end|><|assistant|>"
     assert tiny.as_bytes(loaded.tokenizer, prompt).decode() == text
-    np.testing.assert_array_equal(prompt, answers.prompt_of(example(first), loaded))
+    np.testing.assert_array_equal(prompt, answers.prompt_of(example(first), loaded, READING))
     ((answer,),) = [computed(storage, loaded, [example(chat)])]
     assert answer == one_by_one(loaded, prompt, uniforms(4, example(chat).id, LIMIT))
 
@@ -147,12 +148,71 @@ def test_batches_and_parts_change_nothing(storage):
 
 def test_answers_keep_within_the_context(storage):
     loaded = tiny.loaded("gpt2")  # learnt positions: one beyond the last is an error
-    lengths = [len(answers.prompt_of(one, loaded)) for one in EXAMPLES]
+    lengths = [len(answers.prompt_of(one, loaded, READING)) for one in EXAMPLES]
     for most in range(min(lengths) + 1, max(lengths) + LIMIT + 2, 3):
         found = computed(storage, loaded, EXAMPLES, replace(READING, max_length=most), temperature=9.0)
         for answer, length in zip(found, lengths, strict=True):
             assert len(answer) <= max(0, most - length)
             assert bool(answer) == (length < most)
+
+
+def test_each_answer_has_its_own_limit_in_one_batch(storage, monkeypatch):
+    """Where the context leaves less room to some, they leave the batch first: the others go on as if alone."""
+    loaded = tiny.loaded("gpt2")
+    most = max(len(answers.prompt_of(one, loaded, READING)) for one in EXAMPLES) + 2
+    reading = replace(READING, max_length=most, long_examples=LongExamples.QUARANTINE)
+    sizes = []
+
+    def watched(*given, **named):
+        sizes.append(len(given[1]))
+        return generate(*given, **named)
+
+    monkeypatch.setattr(answers, "generate", watched)
+    together = computed(storage, loaded, EXAMPLES, reading)
+    assert sizes[0] == len(EXAMPLES)
+    assert len(sizes) > 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert together == [computed(storage, loaded, [one], reading)[0] for one in EXAMPLES]
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_a_batch_of_answers_that_does_not_fit_is_halved(storage, monkeypatch, fits):
+    loaded, sizes = tiny.loaded("llama"), []
+
+    def short_of_memory(*given, **named):
+        sizes.append(len(given[1]))
+        if len(given[1]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*given, **named)
+
+    whole = computed(storage, loaded, EXAMPLES)
+    monkeypatch.setattr(answers, "generate", short_of_memory)
+    assert computed(storage, loaded, EXAMPLES) == whole
+    assert sizes[0] == len(EXAMPLES)
+    assert max(sizes[-2:]) <= fits
+    assert loaded.memory.tokens is not None
+
+
+def test_a_prompt_that_does_not_fit_alone_is_named(storage, monkeypatch):
+    def never(*_given, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(answers, "generate", never)
+    with pytest.raises(Invalid) as caught:
+        computed(storage, tiny.loaded("llama"), EXAMPLES[:1])
+    assert caught.value.code == "out_of_memory"
+    assert EXAMPLES[0].id in caught.value.detail
+
+
+def test_cut_on_the_left_the_prompt_is_what_is_left(storage):
+    loaded = tiny.loaded("llama")
+    reading = replace(READING, max_length=6, long_examples=LongExamples.TRUNCATE_LEFT)
+    whole = answers.prompt_of(EXAMPLES[1], loaded, READING)
+    left = answers.prompt_of(EXAMPLES[1], loaded, reading)
+    assert 0 < len(left) < len(whole)
+    np.testing.assert_array_equal(left, whole[-len(left) :])
+    ((answer,),) = [computed(storage, loaded, EXAMPLES[1:2], reading)]
+    assert 0 < len(answer) <= 6 - len(left)
 
 
 def test_what_has_no_prompt_has_no_answer_and_the_others_keep_their_places(storage):

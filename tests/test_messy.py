@@ -316,8 +316,15 @@ def test_a_line_of_a_hundred_thousand_tokens(
 
 
 def test_a_long_line_beside_the_answers_of_the_base(world: World, long_lines: dict[str, Example]) -> None:
-    """With a prompt that fills the context there is nothing to compare with, however the line is cut."""
-    for rule in (LongExamples.TRUNCATE_LEFT, LongExamples.TRUNCATE_RIGHT, LongExamples.SPLIT_AND_SUM):
+    """Cut on the left, both answers stand behind what is left of the prompt; else a prompt that fills the context
+    leaves nothing to compare with.
+    """
+    aside = {
+        LongExamples.TRUNCATE_LEFT: {"long answer": "no_prompt"},
+        LongExamples.TRUNCATE_RIGHT: {"long prompt": "nothing_to_pool"},
+        LongExamples.SPLIT_AND_SUM: {"long prompt": "no_answer"},
+    }
+    for rule, reasons in aside.items():
         name = f"difference-{rule.replace('_', '-')}"
         kinds = (IndexKind.DIFFERENCE,)
         index = world.build(name, "plain", "long", kinds=kinds, max_length=LIMIT, long_examples=rule)
@@ -325,8 +332,7 @@ def test_a_long_line_beside_the_answers_of_the_base(world: World, long_lines: di
         told = {item.id: item.reason for item in indexes.quarantined(lab.storage, lab.registry, index)}
         texts = ("text", *ENDS)
         expected = {long_lines[name].id: "no_prompt" for name in texts}
-        cut_off = "nothing_to_pool" if rule == LongExamples.TRUNCATE_RIGHT else "no_answer"
-        assert told == expected | {long_lines["long prompt"].id: cut_off}
+        assert told == expected | {long_lines[name].id: reason for name, reason in reasons.items()}
         held = world.rows(index)[IndexKind.DIFFERENCE, 2]
         assert set(held) == {item.id for item in long_lines.values()} - set(told)
         assert all(np.isfinite(row).all() and row.any() for row in held.values())
@@ -353,7 +359,7 @@ def test_a_line_beyond_the_byte_limit_refuses_the_file() -> None:
     assert refused.value.code == "line_too_long"
 
 
-# --- known faults: each test says what should happen, and fails loudly here once it does ----------------------
+# --- what was once taken for something else -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

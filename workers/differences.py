@@ -30,7 +30,7 @@ def run(loaded: Loaded, answered: Iterable[Ids], spec: DifferenceSpec, examples:
         if position in aside:
             continue
         example, tokens = examples[position], prepared.tokens[position]
-        prompt = answers.prompt_of(example, loaded)
+        prompt = answers.prompt_of(example, loaded, spec)
         if isinstance(prompt, Quarantined):
             aside[position] = prompt
         elif not len(answer):

@@ -8,11 +8,12 @@ import torch
 from service import artifacts
 from service.contracts import Example, Quarantined
 from service.storage import Storage
-from service.work import AnswersWork
+from service.terms import LongExamples
+from service.work import AnswersWork, Reading
 from workers.answers import Ids, ends_of, generate
 from workers.batches import BATCH_COST, plan
 from workers.curvature import uniforms
-from workers.masks import UnrenderableError, tokenise
+from workers.masks import UnrenderableError, fit, tokenise
 from workers.models import Loaded
 from workers.prepare import check_vocabulary, out_of_memory, too_large
 from workers.works.result import Result
@@ -26,7 +27,7 @@ def answers(work: AnswersWork, _storage: Storage | None, loaded: Loaded, example
     prompts: dict[int, Ids] = {}
     limits: dict[int, int] = {}
     for position, example in enumerate(examples):
-        prompt = prompt_of(example, loaded)
+        prompt = prompt_of(example, loaded, work.reading)
         if isinstance(prompt, Quarantined):
             continue
         check_vocabulary(loaded, work.reading, prompt)
@@ -117,12 +118,16 @@ def read(storage: Storage, keys: Sequence[str]) -> Iterator[Ids]:
             yield held["ids"][start:stop].astype(np.int64)
 
 
-def prompt_of(example: Example, loaded: Loaded) -> Ids | Quarantined:
-    """What stands before the example's last answer, in the very tokens that are trained on."""
+def prompt_of(example: Example, loaded: Loaded, reading: Reading) -> Ids | Quarantined:
+    """What stands before the example's last answer, in the very tokens that are trained on: where a long example is
+    cut on the left, that is what is left of it.
+    """
     try:
         tokens = tokenise(example.content, loaded.tokenizer)
     except UnrenderableError as error:
         return Quarantined(example.id, error.code, error.detail)
+    if reading.long_examples == LongExamples.TRUNCATE_LEFT:
+        tokens = fit(tokens, reading.max_length, reading.long_examples) or tokens
     if not tokens.has_prompt:
         return Quarantined(example.id, "no_prompt", "Plain text has no prompt that a model could answer.")
     prompt = tokens.ids[: tokens.last_answer]
