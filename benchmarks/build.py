@@ -62,12 +62,12 @@ def random_model(folder: Path, *, width: int, blocks: int = _BLOCKS) -> None:
 
 def save_random(folder: Path, config: PreTrainedConfig) -> None:
     """A model of this configuration with a word-level tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = {"<unk>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def random_examples(count: int, length: int, seed: int = 0) -> list[Example]:
