@@ -281,7 +281,9 @@ def test_a_source_of_only_bad_lines_is_refused_in_both_modes(data: bytes) -> Non
 # --- gzip and limits ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [gzip.compress(OK * 3, mtime=0), gzip.compress(OK, mtime=0) + gzip.compress(OK * 2, mtime=0)])
+@pytest.mark.parametrize(
+    "data", [gzip.compress(OK * 3, mtime=0), gzip.compress(OK, mtime=0) + gzip.compress(OK * 2, mtime=0)]
+)
 def test_gzip_is_recognised_by_its_bytes(data: bytes) -> None:
     parsed = parse(data)
     assert (parsed.lines, parsed.duplicates) == (3, 2)
