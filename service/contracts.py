@@ -164,6 +164,14 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class DatasetPart:
+    """A dataset that was appended to an index: of its examples, those that no part before it holds."""
+
+    dataset: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class IndexRecord:
     """A published, immutable version of an index."""
 
@@ -191,11 +199,18 @@ class IndexRecord:
     stride: int = 1
     lora: Lora = Lora.MERGED
     answerer: str | None = None  # of kind ``difference``: whose answers the examples' are compared with
+    appended: tuple[DatasetPart, ...] = ()  # after ``dataset``, in order
+    parent: str | None = None  # the version that this one was made from: by appending, deleting, …
     manifest_sha256: str = ""  # set on publishing
 
     @property
     def id(self) -> str:
         return f"{self.name}@v{self.version}"
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Ids of every dataset whose examples are in it, the first one and what was appended."""
+        return (self.dataset, *(part.dataset for part in self.appended))
 
 
 # --- examples ---------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
         stride=manifest.tracked.stride if manifest.tracked else 1,
         lora=manifest.spec.lora,
         answerer=manifest.difference.answerer.name if manifest.difference else None,
+        appended=manifest.appended,
+        parent=manifest.parent,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.contracts import ArrayInfo, Counts, Fidelity, Point
+from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.terms import ConceptFunction, IndexKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
 
@@ -171,6 +171,9 @@ class IndexManifest:
     p: int | None = None  # eigenvectors per side that were kept; None: all
     difference: DifferencePlan | None = None
     tracked: Tracked | None = None  # where gradients stand behind a kind
+    appended: tuple[DatasetPart, ...] = ()
+    parent: str | None = None  # id of the version that this one was made from
+    deleted: str | None = None  # artifact with the ids that were taken out: their rows are there, and never ranked
     format: int = FORMAT
 
     @property

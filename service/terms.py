@@ -91,6 +91,7 @@ class Method(StrEnum):
 class Order(StrEnum):
     MOST = "most"
     LEAST = "least"
+    ABSOLUTE = "absolute"  # whichever way they push
 
 
 class JobKind(StrEnum):
@@ -98,6 +99,13 @@ class JobKind(StrEnum):
     ESTIMATE_INDEX = "estimate_index"
     FIT_CONCEPT = "fit_concept"
     EXTEND_INDEX = "extend_index"
+    APPEND_INDEX = "append_index"
+    DELETE_EXAMPLES = "delete_examples"
+    COMPACT_INDEX = "compact_index"
+    VERIFY_INDEX = "verify_index"
+    REPAIR_INDEX = "repair_index"
+    DIRECTIONS = "directions"
+    RERANK = "rerank"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 
