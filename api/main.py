@@ -17,8 +17,8 @@ from api.dependencies import Services
 from api.routes import concepts, datasets, health, indexes, jobs, models, queries
 from api.version import VERSION
 from service.errors import DomainError, Unavailable
-from service.indexes import IndexLoader
 from service.jobs import Jobs
+from service.loading import IndexLoader
 from service.queries import QueryService
 from service.redis_server import connect
 from service.registry import Registry
@@ -41,7 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     registry = Registry(redis, storage)
     registry.rebuild()
     work = Jobs(redis)
-    loader = IndexLoader(storage, threads=settings.search_threads)
+    loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
     app.state.services = Services(
         settings=settings,

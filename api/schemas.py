@@ -183,14 +183,39 @@ class ConceptIn(Request):
     )
 
 
-class QueryIn(Request):
-    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
+class WeightedIn(Request):
+    id: str = Field(description="Id of a concept")
+    weight: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False)
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+HitField = Literal["text", "excerpt", "metadata", "places"]
+
+
+class QuestionIn(Request):
+    """What every question about an index has: the direction, the method, and which examples are ranked."""
+
+    index: str = Field(
+        description="'name' for the newest version, 'name@v3' for that one, or an alias", examples=["november"]
+    )
     concept: str | None = Field(
         None, description="Id of a concept; left out with influence_function", examples=["hostile"]
     )
+    concepts: list[WeightedIn] | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="Instead of 'concept': a weighted sum of several at one layer",
+    )
+    vector: list[Number] | None = Field(
+        None, min_length=1, max_length=1 << 17, description="Instead of 'concept': a direction, with its 'layer'"
+    )
+    layer: int | None = Field(None, ge=1, description="Of the vector: which block's output it lies in")
+    pooling: Pooling | None = Field(None, description="Of the vector. Default: as the index is pooled")
     method: Method = Method.VECTOR_FILTER
-    order: Order = Field(Order.MOST, description="'most': those that push toward the concept first")
-    k: int = Field(50, ge=1, description="How many examples")
+    order: Order = Field(
+        Order.MOST, description="'most': those that push toward the concept first; 'absolute': either way"
+    )
     query_set: str | None = Field(
         None, description="Dataset Q on which f_v or the loss is measured; may be left out where there is only one"
     )
@@ -202,6 +227,15 @@ class QueryIn(Request):
     )
     through: IndexKind | None = Field(
         None, description="'gradient' or 'influence'. Default: embeddings where the index has them"
+    )
+
+
+class QueryIn(QuestionIn):
+    k: int = Field(50, ge=1, description="How many examples are ranked")
+    limit: int | None = Field(None, ge=1, description="Hits of one page. Default: all k")
+    cursor: str | None = Field(None, max_length=2000, description="'next' of the page before, with the same body")
+    fields: list[HitField] = Field(
+        ["text", "metadata", "places"], description="What hits carry; 'excerpt': the first 200 characters"
     )
 
 
@@ -233,10 +267,12 @@ class TokenSharesOut(BaseModel):
 class HitOut(BaseModel):
     rank: int
     score: float = Field(description="Positive: training on it pushes the model toward the concept")
+    percentile: float = Field(description="Share of the index that scores lower, in percent")
+    z_score: float = Field(description="Standard deviations above the mean score of the index")
     example_id: str
-    text: str
-    metadata: dict[str, Any]
-    places: list[Place] = Field(description="Every line of the source that holds this example")
+    text: str = Field("", description="Where 'fields' asks for text or excerpt")
+    metadata: dict[str, Any] = {}
+    places: list[Place] = Field([], description="Every line of the source that holds this example")
 
 
 class ConceptUsed(BaseModel):
@@ -244,7 +280,7 @@ class ConceptUsed(BaseModel):
     model: str
     layer: int
     pooling: Pooling
-    auroc_held_out: float
+    auroc_held_out: float | None = Field(description="None: the direction was given, not fitted")
 
 
 class FidelityOut(BaseModel):
@@ -280,6 +316,7 @@ class Timing(BaseModel):
 
     search_ms: float
     total_ms: float
+    cached: bool = Field(False, description="The same question had been answered before")
 
 
 class QueryOut(BaseModel):
@@ -295,6 +332,7 @@ class QueryOut(BaseModel):
     rows: int = Field(description="Examples that were ranked")
     dims: int
     hits: list[HitOut]
+    next: str | None = Field(None, description="Cursor of the next page; null on the last one")
     warnings: list[str]
     timing: Timing
 

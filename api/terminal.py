@@ -163,7 +163,7 @@ def show_answer(answer: QueryOut) -> None:
     for hit in answer.hits:
         lines = ", ".join(f"{place.file}:{place.line}" for place in hit.places[:3])
         notes = " ".join(f"{key}={value}" for key, value in hit.metadata.items())
-        text = " ".join(hit.text.split())
+        text = " ".join((hit.text or hit.example_id).split())
         table.add_row(
             str(hit.rank),
             f"{hit.score:+.4g}",
@@ -171,7 +171,10 @@ def show_answer(answer: QueryOut) -> None:
         )
     console.print(table)
     used = answer.concept
-    about = f"; concept {used.id} (layer {used.layer}, held-out AUROC {used.auroc_held_out:.2f})" if used else ""
+    about = ""
+    if used:
+        fitted = "" if used.auroc_held_out is None else f", held-out AUROC {used.auroc_held_out:.2f}"
+        about = f"; concept {used.id} (layer {used.layer}{fitted})"
     said = (
         f"{answer.order} of {answer.rows} examples in {answer.index} by {answer.method}{about}; "
         f"{answer.timing.total_ms:.1f} ms in the server",

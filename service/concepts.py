@@ -31,7 +31,9 @@ def direction(storage: Storage, record: ConceptRecord) -> F32:
     return load_safetensors(data)[TENSOR]
 
 
-def check_fits(concept: ConceptRecord, index: IndexRecord, width: int, kind: IndexKind) -> None:
+def check_fits(
+    concept: ConceptRecord, index: IndexRecord, width: int, kind: IndexKind, *, param: str = "concept"
+) -> None:
     """Raise Invalid unless the concept may be asked of this index: same lineage and width, and, where
     activations are compared, the same pooling.
 
@@ -43,20 +45,20 @@ def check_fits(concept: ConceptRecord, index: IndexRecord, width: int, kind: Ind
             "concept_of_other_lineage",
             f"Concept {concept.id!r} was fitted on model {concept.model!r}, which shares no declared base with "
             f"{index.model!r}, the model of index {index.id}. Fit it on {index.model!r}, or declare the base.",
-            param="concept",
+            param=param,
         )
     if concept.width != width:
         raise Invalid(
             "concept_of_other_width",
             f"Concept {concept.id!r} has {concept.width} dimensions, the index {width}.",
-            param="concept",
+            param=param,
         )
     if kind in {IndexKind.ACTIVATION, IndexKind.DIFFERENCE} and concept.pooling != index.pooling:
         raise Invalid(
             "concept_of_other_pooling",
             f"Concept {concept.id!r} was fitted with pooling {concept.pooling}, index {index.id} is built with "
             f"{index.pooling}: their activations are not comparable.",
-            param="concept",
+            param=param,
         )
 
 

@@ -88,7 +88,7 @@ class ConceptRecord:
     width: int
     method: str
     norm: float  # ‖v‖ before it was normalised
-    auroc_held_out: float  # 5-fold, over the examples it was fitted on
+    auroc_held_out: float | None  # 5-fold, over the examples it was fitted on; None: it was given, not fitted
     n_positive: int
     n_negative: int
     provenance: Mapping[str, Any]

@@ -5,20 +5,18 @@ inputs alone; who built it and when stands beside it in ``build.json``.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from redis import Redis
 
 from service import codec, datasets, keys, shards
-from service.cache import LoadingCache
-from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
+from service.contracts import Example, IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
-from service.search import VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import LossReduction, Pooling
@@ -30,7 +28,6 @@ local number = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(AR
 redis.call('SET', KEYS[1], number)
 return number
 """
-_LOADED = 8  # vector indexes kept in memory
 
 
 def next_version(redis: Redis, registry: Registry, name: str) -> int:
@@ -146,51 +143,6 @@ def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> li
     ]
 
 
-class Rows:
-    """One array of one index version, in memory: search positions and the example ids they mean."""
-
-    def __init__(self, index: VectorIndex, ids: Sequence[str]) -> None:
-        self.index = index
-        self.ids = ids
-
-
-class IndexLoader:
-    """Loads what queries ask for, once, and keeps the most recently used in memory."""
-
-    def __init__(self, storage: Storage, *, threads: int) -> None:
-        self._storage = storage
-        self._threads = threads
-        self._rows: LoadingCache[Rows] = LoadingCache(_LOADED)
-        self._examples: LoadingCache[ExampleTable] = LoadingCache(_LOADED)
-        self._manifests: LoadingCache[IndexManifest] = LoadingCache(_LOADED)
-
-    def rows(self, record: IndexRecord, array: ArrayInfo) -> Rows:
-        """One array of ``record.arrays``. Raises Damaged when a file is corrupt."""
-        return self._rows.get((record.id, array), lambda: self._load(record, array))
-
-    def examples(self, dataset: DatasetRecord) -> "ExampleTable":
-        return self._examples.get(dataset.id, lambda: ExampleTable(datasets.read_table(self._storage, dataset)))
-
-    def manifest(self, record: IndexRecord) -> IndexManifest:
-        return self._manifests.get(record.id, lambda: read_manifest(self._storage, record))
-
-    def _load(self, record: IndexRecord, array: ArrayInfo) -> Rows:
-        ids: list[str] = []
-        packed, exponents = [], []
-        sections = self.manifest(record).sections
-        own = next(number for number, section in enumerate(sections) if array in section.arrays)
-        for references in zip(*(section.shards for section in sections), strict=True):
-            manifests = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in references]
-            rows, powers = shards.read_packed(self._storage, manifests[own], array)
-            others = [set(manifest.ids) for manifest in manifests if manifest.ids != manifests[own].ids]
-            kept = [row for row, item in enumerate(manifests[own].ids) if all(item in held for held in others)]
-            packed.append(rows[kept] if others else rows)
-            exponents.append(powers[kept] if others else powers)
-            ids += [manifests[own].ids[row] for row in kept]
-        index = VectorIndex(np.concatenate(packed), np.concatenate(exponents), threads=self._threads)
-        return Rows(index, ids)
-
-
 class ExampleTable:
     """Texts and metadata of a dataset by example id."""
 
@@ -201,6 +153,10 @@ class ExampleTable:
     def __contains__(self, item_id: str) -> bool:
         return item_id in self._row
 
-    def take(self, ids: Sequence[str]) -> list[Example]:
-        """The examples with these ids, in this order."""
-        return datasets.to_examples(self._table.take([self._row[item_id] for item_id in ids]))
+    def positions(self, ids: NDArray[np.bytes_]) -> NDArray[np.int64]:
+        """Where they lie; −1 for those that are not here."""
+        return np.array([self._row.get(item.decode(), -1) for item in ids], dtype=np.int64)
+
+    def take(self, positions: NDArray[np.int64]) -> list[Example]:
+        """The examples at these places, in this order."""
+        return datasets.to_examples(self._table.take(positions))

@@ -155,7 +155,7 @@ def _influence(storage: Storage, array: ArrayInfo, asked: Asked) -> Matched:
     captured = 1.0
     if embedding.directions is not None:
         vector = _rows_of_r(storage, embedding.directions) @ vector
-        captured = float(vector @ vector)
+        captured = float(vector @ vector) / _square(asked)
     return Matched(
         array,
         vector,
@@ -242,7 +242,8 @@ def _coordinates(
                 rows = artifacts.read(storage, artifact, "jacobian")["rows"]
                 v = vector if known.directions is None else _rows_of_r(storage, known.directions) @ vector
                 facts = artifact.facts
-                return -(v @ rows), int(facts["examples"]), int(facts["quarantined"]), float(v @ v)
+                captured = float(v @ v) / _square(asked)
+                return -(v @ rows), int(facts["examples"]), int(facts["quarantined"]), captured
         objective = ConceptObjective(
             concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector)), asked.function
         )
@@ -261,6 +262,12 @@ def _coordinates(
 def _concept(asked: Asked) -> tuple[ConceptRecord, F32]:
     assert asked.concept is not None and asked.vector is not None  # noqa: S101
     return asked.concept, asked.vector
+
+
+def _square(asked: Asked) -> float:
+    """‖v‖²: 1 but for a weighted sum of concepts."""
+    _, vector = _concept(asked)
+    return float(vector @ vector)
 
 
 def _rows_of_r(storage: Storage, key: str) -> F32:

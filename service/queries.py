@@ -6,61 +6,62 @@ once and cached in storage.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from service import artifacts, codec, concepts, indexes, token_shares
+from service import artifacts, codec, indexes, token_shares
+from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
-from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
+from service.loading import IndexLoader, Rows, Spread
 from service.matching import DIRECT, Asked, Matched, Missing, match
-from service.registry import CONCEPTS, DATASETS, MODELS, Registry
+from service.paging import Page
+from service.questions import Query, resolve
+from service.registry import Registry
 from service.rows import F32
+from service.search import Mask, TopK
 from service.specs import TokenSharesSpec
 from service.storage import Storage
-from service.terms import ConceptFunction, IndexKind, JobKind, Method, Order
+from service.terms import JobKind, Method, Order
 from service.token_shares import TokenShares
 
-# What a method makes no use of: given all the same, the answer would not be the one that was asked for.
-_NOT_USED = {
-    Method.VECTOR_FILTER: ("query_set", "damping", "concept_function", "through"),
-    Method.PROJECTION_DIFFERENCE: ("query_set", "damping", "concept_function", "through"),
-    Method.CONCEPT_INFLUENCE: (),
-    Method.INFLUENCE_FUNCTION: ("concept", "concept_function"),
-}
-_WHY_NOT = {
-    Method.VECTOR_FILTER: "vector_filter compares activations with the concept's direction, and no gradient",
-    Method.PROJECTION_DIFFERENCE: "projection_difference compares activations with the concept's direction, and no "
-    "gradient",
-    Method.INFLUENCE_FUNCTION: "influence_function asks about the loss on a query set, not about a concept",
-}
-_THROUGH = {
-    Method.CONCEPT_INFLUENCE: (IndexKind.GRADIENT, IndexKind.INFLUENCE),
-    Method.INFLUENCE_FUNCTION: (IndexKind.GRADIENT,),
-}
 _LOW_FIDELITY = 0.8
 _LOW_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class Query:
-    index: str
-    concept: str | None
-    method: Method
-    order: Order
-    k: int
-    query_set: str | None = None
-    damping: float | None = None
-    concept_function: ConceptFunction | None = None  # None: dot
-    through: IndexKind | None = None
+_KEPT_BYTES = 64 << 20  # of rankings and filter masks that may be asked for again
 
 
 @dataclass(frozen=True)
 class Hit:
+    """``percentile``: share of the index that scores lower; ``z_score``: standard deviations above its mean."""
+
     rank: int
     score: float
+    percentile: float
+    z_score: float
     example: Example
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question with every name resolved and the rows that answer it in memory."""
+
+    index: IndexRecord
+    asked: Asked
+    matched: Matched
+    rows: Rows
+    mask: Mask | None  # rows that may be ranked; None: all
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best rows of a question, best first, with the scores of the question's own sign."""
+
+    top: TopK
+    spread: Spread
+    candidates: int  # rows that were ranked
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Answer:
     concept: ConceptRecord | None
     matched: Matched
     fidelity: Fidelity | None
-    rows: int
+    rows: int  # that were ranked: those that the filter keeps
+    page: Page
+    cached: bool
     search_ms: float
     total_ms: float
     warnings: tuple[str, ...]
@@ -87,31 +90,47 @@ class QueryService:
         self._jobs = jobs
         self._loader = loader
         self._shard_size = shard_size
+        self._rankings: LoadingCache[Ranking] = LoadingCache(_KEPT_BYTES, _bytes_of)
+        self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: mask.nbytes)
 
-    def run(self, query: Query) -> Answer | JobRecord:
-        """The answer, or the job whose result the answer needs.
+    def prepare(self, query: Query) -> Prepared | JobRecord:
+        """What answers the question, or the job that must run first.
 
         Raises NotFound for unknown names, Invalid when concept, index and method do not fit together.
         """
-        began = time.perf_counter()
         index = indexes.resolve(self._registry, query.index)
-        asked = self._resolve(query, index)
+        asked = resolve(query, index, self._registry, self._storage)
         found = match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
-        hits, search_ms = self._search(rows, found.u, query, index)
-        fidelity = _fidelity(index, asked, found)
+        return Prepared(index, asked, found, rows, self._mask(query, index, found, rows))
+
+    def run(self, query: Query, page: Page | None = None) -> Answer | JobRecord:
+        """The answer, or the job whose result the answer needs. Raises as ``prepare``."""
+        began = time.perf_counter()
+        page = page or Page()
+        prepared = self.prepare(page.pinned(query))
+        if isinstance(prepared, JobRecord):
+            return prepared
+        searched = time.perf_counter()
+        ranking, cached = self._ranking(prepared, query)
+        search_ms = 1e3 * (time.perf_counter() - searched)
+        page = page.of(query, prepared.index, len(ranking.top.rows))
+        hits = self._hits(prepared, ranking, query, page)
+        fidelity = _fidelity(prepared.index, prepared.asked, prepared.matched)
         return Answer(
             hits=hits,
-            index=index,
-            concept=asked.concept,
-            matched=found,
+            index=prepared.index,
+            concept=prepared.asked.concept,
+            matched=prepared.matched,
             fidelity=fidelity,
-            rows=rows.index.n,
+            rows=ranking.candidates,
+            page=page,
+            cached=cached,
             search_ms=search_ms,
             total_ms=1e3 * (time.perf_counter() - began),
-            warnings=_warnings(asked, index, found, fidelity),
+            warnings=_warnings(prepared.asked, prepared.index, prepared.matched, fidelity),
         )
 
     def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
@@ -120,16 +139,15 @@ class QueryService:
         Raises as ``run``, and NotFound for an id that the index's dataset does not hold.
         """
         index = indexes.resolve(self._registry, query.index)
-        asked = self._resolve(query, index)
+        asked = resolve(query, index, self._registry, self._storage)
         if asked.method == Method.PROJECTION_DIFFERENCE:
             detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
             raise Invalid("no_token_shares", detail, param="method")
         match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
-        table = self._loader.examples(self._registry.get(DATASETS, index.dataset))
-        for number, item in enumerate(examples):
-            if item not in table:
-                detail = f"Dataset {index.dataset!r} of index {index.id} holds no example {item!r}."
-                raise NotFound("example_not_found", detail, param=f"examples[{number}]")
+        places = self._loader.examples(index).positions(np.array([item.encode() for item in examples], dtype="S64"))
+        for number in np.flatnonzero(places < 0):
+            detail = f"Index {index.id} of {', '.join(index.datasets)} holds no example {examples[number]!r}."
+            raise NotFound("example_not_found", detail, param=f"examples[{number}]")
         concept = asked.concept.sha256 if asked.concept else None
         fingerprint = asked.query_set.fingerprint if asked.query_set else None
         about = [asked.method, concept, fingerprint, asked.function, asked.damping, asked.through]
@@ -150,50 +168,88 @@ class QueryService:
         )
         return self._jobs.submit_once(key, JobKind.TOKEN_SHARES, spec)
 
-    def _resolve(self, query: Query, index: IndexRecord) -> Asked:
-        """Names to records; whether they belong together."""
-        _check_used(query)
-        query_set = None
-        if query.query_set is not None:
-            query_set = self._registry.get(DATASETS, query.query_set, param="query_set")
-        concept, vector = None, None
-        if query.method == Method.INFLUENCE_FUNCTION:
-            pass  # about the loss
-        elif query.concept is None:
-            raise Invalid("concept_needed", f"{query.method} needs a concept: name it.", param="concept")
-        else:
-            concept = self._registry.get(CONCEPTS, query.concept, param="concept")
-            model = self._registry.get(MODELS, index.model)
-            kind = DIRECT.get(query.method, IndexKind.GRADIENT)
-            concepts.check_fits(concept, index, model.width, kind)
-            vector = concepts.direction(self._storage, concept)
-        function = query.concept_function or ConceptFunction.DOT
-        return Asked(query.method, concept, vector, query_set, function, query.damping, query.through)
+    def _mask(self, query: Query, index: IndexRecord, found: Matched, rows: Rows) -> Mask | None:
+        """Rows that the filter keeps and that were not deleted."""
+        if query.filter is None:
+            return rows.allowed(None)
+        wanted = query.filter
 
-    def _search(self, rows: Rows, vector: F32, query: Query, index: IndexRecord) -> tuple[tuple[Hit, ...], float]:
-        sign = 1.0 if query.order == Order.MOST else -1.0
-        began = time.perf_counter()
-        top = rows.index.search(np.float32(sign) * vector, query.k)
-        search_ms = 1e3 * (time.perf_counter() - began)
-        dataset = self._registry.get(DATASETS, index.dataset)
-        examples = self._loader.examples(dataset).take([rows.ids[int(row)] for row in top.rows])
-        hits = tuple(
-            Hit(rank, sign * float(score), example)
-            for rank, (score, example) in enumerate(zip(top.scores, examples, strict=True), start=1)
+        def keep() -> Mask:
+            examples: Any = self._loader.examples(index)
+            mask = rows.allowed(examples.mask(wanted)[rows.positions])
+            assert mask is not None  # noqa: S101  (it was none before)
+            return mask
+
+        return self._masks.get((index.id, index.manifest_sha256, found.array, wanted), keep)
+
+    def _ranking(self, prepared: Prepared, query: Query) -> tuple[Ranking, bool]:
+        """The best rows; the same question asked again, or by two at once, is searched once."""
+        made = False
+
+        def search() -> Ranking:
+            nonlocal made
+            made = True
+            return _search(prepared, query)
+
+        index, u = prepared.index, prepared.matched.u
+        about = (prepared.matched.array, u.tobytes(), query.order, query.k, query.filter)
+        key = (index.id, index.manifest_sha256, about)
+        return self._rankings.get(key, search), not made
+
+    def _hits(self, prepared: Prepared, ranking: Ranking, query: Query, page: Page) -> tuple[Hit, ...]:
+        """One page of the ranking, with texts and where each score lies in the index."""
+        shown = slice(page.start, page.stop)
+        rows, scores = ranking.top.rows[shown], ranking.top.scores[shown]
+        examples = self._loader.examples(prepared.index).take(prepared.rows.positions[rows])
+        z_scores = ranking.spread.z_score(scores)
+        ranks = np.arange(page.start + 1, page.start + 1 + len(rows))
+        percentiles = _percentiles(query, ranking, ranks, scores)
+        return tuple(
+            Hit(int(rank), float(score), float(percentile), float(z), example)
+            for rank, score, percentile, z, example in zip(
+                ranks, scores, percentiles, z_scores, examples, strict=True
+            )
         )
-        return hits, search_ms
 
 
-def _check_used(query: Query) -> None:
-    """Raises Invalid for a field that the method makes no use of, and for kinds that cannot answer it."""
-    for name in _NOT_USED[query.method]:
-        if getattr(query, name) is not None:
-            detail = f"{_WHY_NOT[query.method]}: leave '{name}' out."
-            raise Invalid(f"{name}_not_used", detail, param=name)
-    if query.through is not None and query.through not in _THROUGH[query.method]:
-        usable = " or ".join(f"'{kind}'" for kind in _THROUGH[query.method])
-        detail = f"{query.method} is answered through {usable}, not through '{query.through}'."
-        raise Invalid("bad_through", detail, param="through")
+def _search(prepared: Prepared, query: Query) -> Ranking:
+    rows, u = prepared.rows, prepared.matched.u
+    ask, mask = rows.batcher.search, prepared.mask
+    match query.order:
+        case Order.MOST:
+            top = ask(u, query.k, mask)
+        case Order.LEAST:
+            top = _negative(ask(-u, query.k, mask))
+        case Order.ABSOLUTE:
+            top = _either(ask(u, query.k, mask), _negative(ask(-u, query.k, mask)), query.k)
+    candidates = rows.index.n if mask is None else int(np.count_nonzero(mask))
+    return Ranking(top, rows.spread(u), candidates)
+
+
+def _negative(top: TopK) -> TopK:
+    return TopK(top.rows, -top.scores)
+
+
+def _either(most: TopK, least: TopK, k: int) -> TopK:
+    """The k scores that are furthest from zero: they are among the k most and the k least."""
+    rows = np.concatenate([most.rows, least.rows])
+    scores = np.concatenate([most.scores, least.scores])
+    rows, first = np.unique(rows, return_index=True)
+    scores = scores[first]
+    order = np.lexsort((rows, -np.abs(scores)))[:k]
+    return TopK(rows[order], scores[order])
+
+
+def _percentiles(query: Query, ranking: Ranking, ranks: NDArray[np.int64], scores: F32) -> NDArray[np.float64]:
+    """Share of the index that scores lower, in percent: by the rank itself where it is one of the whole index."""
+    n = ranking.candidates
+    if query.filter is None and query.order != Order.ABSOLUTE:
+        return 100.0 * ((n - ranks) if query.order == Order.MOST else (ranks - 1)) / max(1, n)
+    return ranking.spread.percentile(scores)
+
+
+def _bytes_of(ranking: Ranking) -> int:
+    return ranking.top.rows.nbytes + ranking.top.scores.nbytes + ranking.spread.sample.nbytes
 
 
 def _fidelity(index: IndexRecord, asked: Asked, found: Matched) -> Fidelity | None:
@@ -213,7 +269,7 @@ def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fideli
     """What a ranking does not say by itself."""
     said = []
     concept = asked.concept
-    if concept is not None and concept.auroc_held_out < 0.7:
+    if concept is not None and concept.auroc_held_out is not None and concept.auroc_held_out < 0.7:
         said.append(
             f"Concept {concept.id!r} separates its own examples poorly (held-out AUROC "
             f"{concept.auroc_held_out:.2f}): the ranking may mean little."

@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     search_threads: int = Field(
         default_factory=lambda: min(8, os.cpu_count() or 1), ge=1, description="Threads of one FAISS search."
     )
+    search_bytes: int = Field(
+        default_factory=lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2,
+        ge=1 << 20,
+        description="Memory of the api for the rows that queries search. Default: half of the machine's.",
+    )
     head_bytes: int = Field(
         1 << 30,
         ge=1 << 10,

@@ -5,7 +5,11 @@ finished one is found again by every job that needs it: a resumed build, a rebui
 the same data. It exists when its manifest does.
 """
 
+import hashlib
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,8 @@ from service.storage import Storage, sha256_bytes
 from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
 
 MANIFEST = "shard.json"
+_HEAD = 128  # bytes of the header that numpy writes before a matrix
+_PIECE = 1 << 18  # bytes that are hashed while they are still in cache
 HALF, INT8, SINGLE = "half", "int8", "single"
 
 
@@ -112,6 +118,53 @@ def read_manifest(storage: Storage, key: str, *, sha256: str | None = None) -> S
 def reference(manifest: ShardManifest) -> ShardRef:
     """How an index manifest names the shard."""
     return ShardRef(manifest.key, sha256_bytes(codec.encode(manifest).encode()), len(manifest.ids))
+
+
+def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F16) -> I16:
+    """Fill ``out`` (rows, dims) with one array as search uses it; returns the exponents (rows,). Raises Damaged.
+
+    Float16 rows on a local disk are hashed as they arrive in their final place: no second copy, no second look.
+    """
+    array = _find(manifest, info)
+    path = storage.local_path(f"{folder(manifest.key)}/{array.file}")
+    if array.encoding != HALF or path is None:
+        packed, exponents = read_packed(storage, manifest, info)
+        out[:] = packed
+        return exponents
+    _stream(path, out, array.file, manifest)
+    assert array.scale is not None  # noqa: S101  (half has one)
+    exponents = _read(storage, manifest, array.scale)
+    if exponents.shape != (len(manifest.ids),):
+        raise Damaged("damaged_file", f"{array.scale} of shard {manifest.key} has shape {exponents.shape}.")
+    return exponents.astype(np.int16, copy=False)
+
+
+def _stream(path: Path, out: F16, name: str, manifest: ShardManifest) -> None:
+    """An .npy file into ``out``, checked against its sha256 on the way."""
+    key = f"{folder(manifest.key)}/{name}"
+    try:
+        with path.open("rb", buffering=0) as file:
+            head = file.read(_HEAD)
+            hasher = hashlib.sha256(head)
+            header = io.BytesIO(head)
+            np.lib.format.read_magic(header)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+            if shape != out.shape or fortran or dtype != out.dtype or header.tell() != _HEAD:
+                raise ValueError("another shape")
+            left = memoryview(cast(Any, out.reshape(-1).view(np.uint8)))
+            while left:
+                count = file.readinto(left[:_PIECE])
+                if not count:
+                    raise ValueError("cut off")
+                hasher.update(left[:count])
+                left = left[count:]
+            hasher.update(file.read())
+    except FileNotFoundError as error:
+        raise Damaged("damaged_file", f"{key} is missing.", param=key) from error
+    except ValueError as error:  # whatever it says: the hash is not that of the manifest
+        raise Damaged("damaged_file", f"{key} is not what its manifest says ({error}).", param=key) from error
+    if hasher.hexdigest() != manifest.files[name]:
+        raise Damaged("damaged_file", f"{key} is not what its manifest says (sha256 differs).", param=key)
 
 
 def read_packed(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> tuple[F16, I16]:

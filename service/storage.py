@@ -46,6 +46,10 @@ class Storage:
             raise Invalid("bad_storage_key", f"{key!r} is not a relative path without '..'.")
         return f"{self._base.rstrip('/')}/{key}"
 
+    def local_path(self, key: str) -> Path | None:
+        """Where ``key`` lies on this machine's disk; None on an object store."""
+        return Path(self._path(key)) if self._local else None
+
     def exists(self, key: str) -> bool:
         return bool(self._fs.exists(self._path(key)))
 

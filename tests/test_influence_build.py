@@ -25,10 +25,11 @@ from service.basis import SPECTRUM
 from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.errors import Conflict, Invalid
-from service.indexes import IndexLoader
+from service.loading import IndexLoader
 from service.matching import Asked, Matched, Missing, match
 from service.planning import ExtendRequest, IndexRequest, plan_extension, plan_index
-from service.queries import Answer, Query, QueryService
+from service.queries import Answer, QueryService
+from service.questions import Query
 from service.registry import CONCEPTS, DATASETS, INDEXES
 from service.terms import (
     Checkpoints,
@@ -856,7 +857,7 @@ def coarse(world):
 
 @pytest.mark.parametrize("through", [IndexKind.GRADIENT, IndexKind.INFLUENCE])
 def test_an_answer_tells_the_fidelity_of_the_very_question_asked(world, coarse, through):
-    loader, told = IndexLoader(world.lab.storage, threads=1), {}
+    loader, told = IndexLoader(world.lab.registry, world.lab.storage, threads=1), {}
     for concept, layer in (("v0", LAYER), ("lower", 1)):
         for function in ConceptFunction:
             for damping in DAMPINGS:
@@ -878,7 +879,7 @@ def test_an_answer_tells_the_fidelity_of_the_very_question_asked(world, coarse, 
 
 
 def test_a_question_that_the_build_did_not_measure_has_no_fidelity(world, coarse):
-    loader = IndexLoader(world.lab.storage, threads=1)
+    loader = IndexLoader(world.lab.registry, world.lab.storage, threads=1)
     about = {"concept": "v0", "query_set": "q", "through": IndexKind.GRADIENT}
     assert world.ask(coarse, loader=loader, **about).fidelity.damping == 1.0  # the default one
     assert world.ask(coarse, loader=loader, **about | {"damping": 5.0}).fidelity is None
@@ -887,7 +888,7 @@ def test_a_question_that_the_build_did_not_measure_has_no_fidelity(world, coarse
 
 
 def test_a_loss_query_tells_the_fidelity_of_loss_queries_at_the_damping_it_was_measured_at(world, coarse):
-    loader = IndexLoader(world.lab.storage, threads=1)
+    loader = IndexLoader(world.lab.registry, world.lab.storage, threads=1)
     about = {"query_set": "loss", "method": Method.INFLUENCE_FUNCTION}
     world.lab.scores(coarse, IDS, **about)  # the job
     (told,) = [each for each in coarse.fidelity if each.query == "loss"]
@@ -898,7 +899,7 @@ def test_a_loss_query_tells_the_fidelity_of_loss_queries_at_the_damping_it_was_m
 
 
 def test_an_activation_query_has_no_fidelity(world, run):
-    loader = IndexLoader(world.lab.storage, threads=1)
+    loader = IndexLoader(world.lab.registry, world.lab.storage, threads=1)
     assert world.ask(run, loader=loader, concept="v0", method=Method.VECTOR_FILTER).fidelity is None
 
 
@@ -1043,19 +1044,19 @@ def test_what_cannot_be_stored_is_set_aside_once_with_its_reason(world, damaged,
     assert len(told) == 6
     assert all(item.places and item.detail for item in told)
     # every array answers for the same examples in the same order, with their own rows
-    loader = IndexLoader(lab.storage, threads=1)
+    loader = IndexLoader(lab.registry, lab.storage, threads=1)
     manifest = world.manifest(index)
     assert len({len(section.shards) for section in manifest.sections}) == 1
     own = {item for reference in manifest.sections[0].shards for item in shard_ids(lab, reference)}
     assert len(own) == 82  # what is damaged at one checkpoint only has its row in the section of the end
     for array in index.arrays:
         found = loader.rows(index, array)
-        assert found.ids == IDS
+        assert [item.decode() for item in found.ids] == IDS
         stored = world.rows(index, array)
         for _ in range(3):
             u = np.random.default_rng(array.dims).standard_normal(array.dims).astype(np.float32)
             top = found.index.search(u, 80)
-            expected = np.array([stored[found.ids[int(row)]].astype(np.float64) @ u for row in top.rows])
+            expected = np.array([stored[found.ids[int(row)].decode()].astype(np.float64) @ u for row in top.rows])
             np.testing.assert_allclose(top.scores, expected, atol=2e-3 * np.abs(expected).max())
 
 

@@ -57,6 +57,10 @@ class RayEngine:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
+            case _:
+                raise Invalid(
+                    "unknown_job", f"This dispatcher does not know jobs of kind {job.kind}.", param="kind"
+                )
 
     # --- jobs ---------------------------------------------------------------------------------------
 

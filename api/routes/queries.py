@@ -1,5 +1,6 @@
 """The question that Whence exists for."""
 
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -14,6 +15,7 @@ from api.schemas import (
     Provenance,
     QueryIn,
     QueryOut,
+    QuestionIn,
     Timing,
     TokenOut,
     TokenQueryIn,
@@ -22,7 +24,9 @@ from api.schemas import (
 from service.contracts import IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
-from service.queries import Answer, Query
+from service.paging import Page
+from service.queries import Answer, Hit
+from service.questions import Query, Weighted
 from service.terms import IndexKind, Order
 
 router = APIRouter(prefix="/v1/queries", tags=["queries"])
@@ -43,7 +47,7 @@ def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut 
     """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
     if body.k > services.settings.max_k:
         raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
-    found = services.queries.run(Query(**body.model_dump()))
+    found = services.queries.run(question(body, body.k), Page(body.limit, body.cursor))
     return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
 
 
@@ -74,6 +78,17 @@ def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Ite
             for item, one in zip(body.examples, found, strict=True)
         ]
     )
+
+
+def question(body: QuestionIn, k: int) -> Query:
+    """The domain's form of a question."""
+    own = {each.name for each in dataclasses.fields(Query)}
+    asked = {name: value for name, value in body if name in own}
+    if body.concepts is not None:
+        asked["concepts"] = tuple(Weighted(each.id, each.weight) for each in body.concepts)
+    if body.vector is not None:
+        asked["vector"] = tuple(body.vector)
+    return Query(**{**asked, "k": k})
 
 
 def _tracked(index: IndexRecord, kind: IndexKind) -> dict[str, Any]:
@@ -108,17 +123,29 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
         ),
         rows=answer.rows,
         dims=found.array.dims,
-        hits=[
-            HitOut(
-                rank=hit.rank,
-                score=hit.score,
-                example_id=hit.example.id,
-                text=render(hit.example.content),
-                metadata=dict(hit.example.metadata),
-                places=list(hit.example.places),
-            )
-            for hit in answer.hits
-        ],
+        hits=[_hit(hit, set(body.fields)) for hit in answer.hits],
+        next=answer.page.following,
         warnings=list(answer.warnings),
-        timing=Timing(search_ms=round(answer.search_ms, 3), total_ms=round(answer.total_ms, 3)),
+        timing=Timing(
+            search_ms=round(answer.search_ms, 3), total_ms=round(answer.total_ms, 3), cached=answer.cached
+        ),
+    )
+
+
+_EXCERPT = 200  # characters
+
+
+def _hit(hit: Hit, wanted: set[str]) -> HitOut:
+    text = render(hit.example.content) if wanted & {"text", "excerpt"} else ""
+    if "text" not in wanted and len(text) > _EXCERPT:
+        text = text[:_EXCERPT] + "…"
+    return HitOut(
+        rank=hit.rank,
+        score=hit.score,
+        percentile=round(hit.percentile, 4),
+        z_score=round(hit.z_score, 4),
+        example_id=hit.example.id,
+        text=text,
+        metadata=dict(hit.example.metadata) if "metadata" in wanted else {},
+        places=list(hit.example.places) if "places" in wanted else [],
     )

@@ -1,0 +1,273 @@
+"""Published rows in memory: what queries search, shared by all versions that hold the same shards."""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service import artifacts, datasets, indexes, shards
+from service.batching import Batcher
+from service.cache import LoadingCache
+from service.contracts import ArrayInfo, IndexRecord
+from service.errors import Damaged, NotFound, Unavailable
+from service.indexes import ExampleTable
+from service.registry import DATASETS, Registry
+from service.rows import F16, F32
+from service.search import BLOCK_BYTES, Block, Mask, VectorIndex
+from service.specs import IndexManifest
+from service.storage import Storage
+from service.work import ShardManifest, ShardRef
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Ids = NDArray[np.bytes_]  # 'S64': example ids as their hex digits
+
+_SMALL = 8  # manifests and example tables kept
+_SAMPLE = 1 << 14  # rows on which the spread of scores is estimated; of an index no larger than that, all
+DELETED = "deleted"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive shards of one array as a block, and the ids of its rows."""
+
+    block: Block
+    ids: Ids
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of all scores of a query, and a sorted sample of them."""
+
+    mean: float
+    deviation: float
+    sample: F32
+
+    def percentile(self, scores: F32) -> NDArray[np.float64]:
+        """Share of the index that scores lower, in percent; of equal scores half count as lower."""
+        low = np.searchsorted(self.sample, scores, side="left")
+        high = np.searchsorted(self.sample, scores, side="right")
+        return 50.0 * (low + high) / max(1, len(self.sample))
+
+    def z_score(self, scores: F32) -> NDArray[np.float64]:
+        return (scores.astype(np.float64) - self.mean) / self.deviation if self.deviation else np.zeros(len(scores))
+
+
+class Rows:
+    """One array of one index version, in memory: search positions and the example ids they mean."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        d: int,
+        deleted: Ids | None,
+        examples: Callable[[], ExampleTable],
+        *,
+        threads: int,
+    ) -> None:
+        self._pieces = pieces
+        self._examples = examples
+        self.index = VectorIndex.of([piece.block for piece in pieces], d, threads=threads)
+        self.ids: Ids = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, "S64")
+        self.alive: Mask | None = None  # None: all
+        if deleted is not None and len(deleted):
+            self.alive = ~np.isin(self.ids, deleted)
+        self.batcher = Batcher(self.index)
+
+    @property
+    def n(self) -> int:
+        """Rows that may be ranked."""
+        return self.index.n if self.alive is None else int(self.alive.sum())
+
+    @property
+    def bytes(self) -> int:
+        return self.index.bytes + self.ids.nbytes
+
+    @cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """Place of every row among the examples of the index."""
+        return self._examples().positions(self.ids)
+
+    def allowed(self, mask: Mask | None) -> Mask | None:
+        """``mask`` (n,) less what was deleted."""
+        if mask is None or self.alive is None:
+            return self.alive if mask is None else mask
+        return mask & self.alive
+
+    @cached_property
+    def _sampled(self) -> VectorIndex:
+        """Every so many-th row that may be ranked, once more and side by side."""
+        rows = np.arange(self.index.n) if self.alive is None else np.flatnonzero(self.alive)
+        if len(rows) > _SAMPLE:
+            rows = rows[np.linspace(0, len(rows) - 1, _SAMPLE).astype(np.int64)]
+        return self.index.excerpt(rows)
+
+    def spread(self, query: F32) -> Spread:
+        """How all scores of the query lie: exact up to 16,384 rows, beyond that estimated on so many of them."""
+        scores = np.sort(self._sampled.scores(query))
+        if not len(scores):
+            return Spread(0.0, 0.0, scores)
+        return Spread(float(scores.mean(dtype=np.float64)), float(scores.std(dtype=np.float64)), scores)
+
+
+class IndexLoader:
+    """Loads what queries ask for, once, and keeps the most recently used rows, up to ``most_bytes`` of them."""
+
+    def __init__(self, registry: Registry, storage: Storage, *, threads: int, most_bytes: int = 1 << 40) -> None:
+        self._registry = registry
+        self._storage = storage
+        self._threads = threads
+        self._most_bytes = most_bytes
+        self._rows: LoadingCache[Rows] = LoadingCache(most_bytes, lambda rows: rows.bytes)
+        # Alive while any loaded version uses them: an appended version loads what is new.
+        self._pieces: weakref.WeakValueDictionary[tuple[object, ...], Piece] = weakref.WeakValueDictionary()
+        self._examples: LoadingCache[ExampleTable] = LoadingCache(_SMALL)
+        self._manifests: LoadingCache[IndexManifest] = LoadingCache(_SMALL)
+        self._reading = ThreadPoolExecutor(max(2, threads), thread_name_prefix="load")
+        self._lock = threading.Lock()
+
+    def rows(self, record: IndexRecord, array: ArrayInfo) -> Rows:
+        """One array of ``record.arrays``. Raises Damaged when a file is corrupt, Unavailable beyond the memory."""
+        return self._rows.get((record.id, record.manifest_sha256, array), lambda: self._load(record, array))
+
+    def examples(self, record: IndexRecord) -> ExampleTable:
+        """Texts, places and metadata of all examples of the version."""
+
+        def read() -> ExampleTable:
+            return ExampleTable(datasets.read_table(self._storage, self._registry.get(DATASETS, record.dataset)))
+
+        return self._examples.get(record.datasets, read)
+
+    def manifest(self, record: IndexRecord) -> IndexManifest:
+        return self._manifests.get(
+            (record.id, record.manifest_sha256), lambda: indexes.read_manifest(self._storage, record)
+        )
+
+    def _load(self, record: IndexRecord, array: ArrayInfo) -> Rows:
+        try:
+            return self._read(record, array)
+        except NotFound as error:  # the version names the file, so it should be there
+            detail = f"{error.param} is missing."
+            raise Damaged("damaged_file", detail, param=error.param) from error
+
+    def _read(self, record: IndexRecord, array: ArrayInfo) -> Rows:
+        manifest = self.manifest(record)
+        self._check_memory(record, array)
+        own = next(number for number, section in enumerate(manifest.sections) if array in section.arrays)
+        aligned = list(zip(*(section.shards for section in manifest.sections), strict=True))
+        groups = grouped([references[own].rows for references in aligned], array.dims)
+        with self._lock:  # two versions that share pieces load them once
+            pieces = self._pieces_of(array, own, [tuple(aligned[start:stop]) for start, stop in groups])
+        deleted = None
+        if manifest.deleted is not None:
+            held = artifacts.read(self._storage, artifacts.get(self._storage, manifest.deleted), DELETED)["ids"]
+            deleted = np.ascontiguousarray(held).view("S64").reshape(-1)
+        return Rows(pieces, array.dims, deleted, lambda: self.examples(record), threads=self._threads)
+
+    def _check_memory(self, record: IndexRecord, array: ArrayInfo) -> None:
+        needed = 2 * array.dims * record.counts.indexed
+        if needed > self._most_bytes:
+            raise Unavailable(
+                "index_too_large",
+                f"{array.kind} rows of {record.id} take {needed / 2**30:.1f} GiB of memory, and this server keeps "
+                f"{self._most_bytes / 2**30:.1f} GiB. Raise WHENCE_SEARCH_BYTES on a machine that has it.",
+                param="index",
+            )
+
+    def _pieces_of(
+        self, array: ArrayInfo, own: int, groups: Sequence[tuple[tuple[ShardRef, ...], ...]]
+    ) -> list[Piece]:
+        """A block for every group of aligned shards; those in memory already are taken from there."""
+        keys = [(array, own, *((ref.key, ref.sha256) for shard in group for ref in shard)) for group in groups]
+        found = {key: piece for key in keys if (piece := self._pieces.get(key)) is not None}
+        fresh = [(key, group) for key, group in zip(keys, groups, strict=True) if key not in found]
+        plans = [_Plan(self._storage, array, own, group) for _, group in fresh]
+        # All shards of all groups at once: reading and hashing keeps every thread busy to the end.
+        self._all([shard.read_head for plan in plans for shard in plan.shards])
+        self._all([plan.allocate for plan in plans])
+        self._all([shard.read_rows for plan in plans for shard in plan.shards])
+        for (key, _), piece in zip(fresh, self._all([plan.finish for plan in plans]), strict=True):
+            self._pieces[key] = found[key] = piece
+        return [found[key] for key in keys]
+
+    def _all(self, works: Sequence[Callable[[], R]]) -> list[R]:
+        return list(self._reading.map(lambda work: work(), works))
+
+
+class _Shard:
+    """One shard of a group on its way into memory."""
+
+    def __init__(self, storage: Storage, array: ArrayInfo, own: int, references: tuple[ShardRef, ...]) -> None:
+        self._storage, self._array, self._own, self._references = storage, array, own, references
+        self._manifest: ShardManifest | None = None
+        self._kept: list[int] | None = None  # None: every row
+        self.ids: Ids = np.zeros(0, "S64")
+        self.out: F16 = np.zeros((0, array.dims), np.float16)
+        self.exponents: NDArray[np.int16] = np.zeros(0, np.int16)
+
+    def read_head(self) -> None:
+        """Which rows there are: those that every section has."""
+        read = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in self._references]
+        self._manifest = mine = read[self._own]
+        others = [set(manifest.ids) for manifest in read if manifest.ids != mine.ids]
+        self.ids = _digits(mine.ids)
+        if others:
+            self._kept = [row for row, item in enumerate(mine.ids) if all(item in held for held in others)]
+            self.ids = self.ids[self._kept]
+
+    def read_rows(self) -> None:
+        assert self._manifest is not None  # noqa: S101
+        if self._kept is None:
+            self.exponents = shards.read_into(self._storage, self._manifest, self._array, self.out)
+            return
+        packed, exponents = shards.read_packed(self._storage, self._manifest, self._array)
+        self.out[:], self.exponents = packed[self._kept], exponents[self._kept]
+
+
+class _Plan:
+    """A group of shards on its way to be a block."""
+
+    def __init__(self, storage: Storage, array: ArrayInfo, own: int, group: Sequence[tuple[ShardRef, ...]]) -> None:
+        self._dims = array.dims
+        self._block: Block | None = None
+        self.shards = [_Shard(storage, array, own, references) for references in group]
+
+    def allocate(self) -> None:
+        self._block = Block(sum(len(shard.ids) for shard in self.shards), self._dims)
+        start = 0
+        for shard in self.shards:
+            shard.out = self._block.rows[start : start + len(shard.ids)]
+            start += len(shard.ids)
+
+    def finish(self) -> Piece:
+        assert self._block is not None  # noqa: S101
+        self._block.finish(np.concatenate([shard.exponents for shard in self.shards]))
+        return Piece(self._block, np.concatenate([shard.ids for shard in self.shards]))
+
+
+def grouped(rows: Sequence[int], dims: int) -> list[tuple[int, int]]:
+    """Consecutive shards of so many rows in groups [start, stop) of a block each, counted from the first: what is
+    appended later leaves all groups but the last as they are.
+    """
+    most = max(1, BLOCK_BYTES // max(1, 2 * dims))
+    groups, start, held = [], 0, 0
+    for number, count in enumerate(rows):
+        if held and held + count > most:
+            groups.append((start, number))
+            start, held = number, 0
+        held += count
+    return [*groups, (start, len(rows))] if len(rows) else []
+
+
+def _digits(ids: Sequence[str]) -> Ids:
+    """Ids of 64 digits as an array, without a Python object for each."""
+    if all(len(item) == 64 for item in ids):
+        return np.frombuffer("".join(ids).encode(), dtype="S64") if ids else np.zeros(0, "S64")
+    return np.array([item.encode() for item in ids], dtype="S64")  # of tests, and never of files
