@@ -7,6 +7,7 @@ Settings come from the environment (service/settings.py). The process holds no m
 
 import logging
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 
 import uvicorn
@@ -16,6 +17,7 @@ from api import problems
 from api.dependencies import Services
 from api.routes import concepts, datasets, health, indexes, jobs, models, queries
 from api.version import VERSION
+from service import kernels
 from service.errors import DomainError, Unavailable
 from service.jobs import Jobs
 from service.loading import IndexLoader
@@ -40,6 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
     storage = Storage(settings.storage_root)
     registry = Registry(redis, storage)
     registry.rebuild()
+    threading.Thread(target=kernels.warm, name="warm", daemon=True).start()
     work = Jobs(redis)
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))

@@ -1,5 +1,7 @@
 """Stored rows and the search over them, against float64 and a full sort."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from service import kernels
+from service.batching import Batcher
 from service.errors import Invalid
 from service.rows import from_npy, pack, to_npy, unpack
 from service.search import TopK, VectorIndex
@@ -293,3 +297,145 @@ def test_many_searches_at_once_give_what_one_gives():
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         np.testing.assert_array_equal(ours.scores, theirs.scores)
+
+
+# --- several blocks, several queries, masks, all scores ------------------------------------------------
+
+
+@pytest.fixture(params=[1, 3, 7])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows of a block: every answer must be the same however rows are spread."""
+    monkeypatch.setattr("service.search.BLOCK_BYTES", request.param * 2 * 16 * 100)
+    return request.param * 100
+
+
+def uneven(n: int = 1000, d: int = 16) -> np.ndarray:
+    """Rows of very different sizes, and two that are far above all others."""
+    rows = normal(0, n, d) * np.exp(2 * normal(1, n, 1))
+    rows[[5, n - 3]] *= np.float32(1e9)
+    return rows.astype(np.float32)
+
+
+def test_rows_in_blocks_are_ranked_as_in_one(blocks: int) -> None:
+    rows, query = uneven(), normal(2, 16)
+    index = index_of(rows)
+    assert len(index.blocks) == -(-1000 // min(blocks, 500))
+    check(index.search(query, 200), rows, query, 200)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_several_queries_at_once_give_what_each_gives_alone(blocks: int, count: int) -> None:
+    index, queries = index_of(uneven()), normal(3, count, 16)
+    ks = [1, 10, 999, 1000, 5000, 7, 3, 2, 50][:count]
+    keep = np.random.default_rng(4).random((count, 1000)) < 0.3
+    masks = [None if number % 2 else keep[number] for number in range(count)]
+    for found, query, k, mask in zip(index.search_many(queries, ks, masks), queries, ks, masks, strict=True):
+        alone = index.search(query, k, mask)
+        np.testing.assert_array_equal(found.rows, alone.rows)
+        np.testing.assert_array_equal(found.scores, alone.scores)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_a_mask_leaves_the_best_of_what_it_allows(blocks: int, share: float, k: int) -> None:
+    rows, query = uneven(), normal(2, 16)
+    mask = np.random.default_rng(5).random(1000) < share
+    mask[5] = share == 0.5  # one of the huge rows
+    found = index_of(rows).search(query, k, mask)
+    assert mask[found.rows].all()
+    assert len(found.rows) == min(k, mask.sum())
+    if mask.any():
+        place = np.flatnonzero(mask)
+        check(TopK(np.searchsorted(place, found.rows), found.scores), rows[place], query, k)
+
+
+def test_the_scores_of_all_rows_are_those_of_float64(blocks: int) -> None:
+    rows, query = uneven(), normal(2, 16)
+    stored = unpack(*pack(rows)).astype(np.float64)
+    exact = stored @ query
+    slack = 1e-6 * (np.abs(stored) @ np.abs(query)) + 2.0**-10 * np.abs(rows).max(axis=1) * np.abs(query).sum()
+    assert (np.abs(index_of(rows).scores(query) - exact) <= slack).all()
+
+
+def test_rows_come_back_as_they_were_stored(blocks: int) -> None:
+    rows = uneven()
+    index = index_of(rows)
+    wanted = np.array([999, 5, 0, 5, 997, 300])
+    np.testing.assert_allclose(index.take(wanted), unpack(*pack(rows))[wanted], rtol=2.0**-9, atol=1e-5)
+
+
+def test_an_excerpt_scores_its_rows_as_the_whole_does(blocks: int) -> None:
+    index, query = index_of(uneven()), normal(2, 16)
+    some = np.array([0, 5, 6, 250, 700, 997])
+    np.testing.assert_allclose(index.excerpt(some).scores(query), index.scores(query)[some], rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 255, 256, 257, 1023])
+@pytest.mark.parametrize("count", [1, 3, 4, 8])
+@pytest.mark.parametrize("d", [1, 15, 64])
+def test_kernels_multiply_like_float64(n: int, count: int, d: int) -> None:
+    rows, queries = normal(n, n, d).astype(np.float16), normal(9, count, d)
+    exact = queries.astype(np.float64) @ rows.astype(np.float64).T
+    np.testing.assert_allclose(kernels.many_dots(rows, queries), exact, atol=1e-5 * d)
+    np.testing.assert_allclose(kernels.dots(rows, queries[0]), exact[0], atol=1e-5 * d)
+
+
+def test_kernels_know_every_float16() -> None:
+    """Subnormal numbers, zeros of both signs, the largest and infinity."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[~np.isnan(every)]
+    found = kernels.dots(every[:, None].copy(), np.ones(1, np.float32))
+    np.testing.assert_array_equal(found, every.astype(np.float32))
+
+
+# --- batches ------------------------------------------------------------------------------------------
+
+
+def test_queries_that_come_together_are_answered_as_alone() -> None:
+    index, queries = index_of(uneven()), normal(3, 200, 16)
+    expected = [index.search(query, 20) for query in queries]
+    batcher = Batcher(index)
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda query: batcher.search(query, 20), queries))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+
+
+def test_one_bad_query_fails_alone() -> None:
+    index = index_of(normal(0, 500, 16))
+    batcher, bad = Batcher(index), np.full(16, np.nan, np.float32)
+
+    def ask(number: int) -> str:
+        try:
+            return str(len(batcher.search(bad if number % 5 == 0 else normal(number, 16), 3).rows))
+        except Invalid as error:
+            return error.code
+
+    with ThreadPoolExecutor(10) as threads:
+        found = list(threads.map(ask, range(100)))
+    assert found == ["bad_query_vector" if number % 5 == 0 else "3" for number in range(100)]
+
+
+def test_queries_that_wait_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_of(normal(0, 500, 16))
+    batcher, began, go, passes = Batcher(index), threading.Event(), threading.Event(), []
+    search = index.search_many
+
+    def slowly(queries, ks, masks):
+        passes.append(len(queries))
+        began.set()
+        assert go.wait(10)
+        return search(queries, ks, masks)
+
+    monkeypatch.setattr(index, "search_many", slowly)
+    with ThreadPoolExecutor(9) as threads:
+        first = threads.submit(batcher.search, normal(0, 16), 3)
+        assert began.wait(10)
+        others = [threads.submit(batcher.search, normal(number, 16), 3) for number in range(1, 9)]
+        while len(batcher._waiting) < 8:
+            time.sleep(0.001)
+        go.set()
+        for future in (first, *others):
+            assert len(future.result(10).rows) == 3
+    assert passes == [1, 8]
