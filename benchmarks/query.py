@@ -1,173 +1,289 @@
-"""Latency of a query as an HTTP client sees it, against the search inside the server, on a synthetic index.
+"""Queries as HTTP clients see them, on published indexes of 10,000 to a million rows, and what stands beside them.
 
-Publishes an index of clustered random vectors through the service's own formats, starts Redis and the api
-as processes (no dispatcher: a query needs no model), and asks many times. ``search_vs_read`` compares the
-search with one thread reading the same bytes once in this process, in the same run.
+Indexes of clustered random vectors are published through the service's own formats; Redis and the api run as
+processes (no dispatcher: a query needs no model). Every query asks for another concept, so none is answered from the
+cache. Ratios compare interleaved measurements of one run: ``bandwidth_share`` against as many threads reading as many
+bytes in this process, the bergson figures against bergson 2.5.1 on the same 100,000 vectors (``make peers``),
+``cold_load_vs_read`` against reading and hashing the same files with as many threads, ``append_vs_build`` against
+building an index of the appended examples alone (curvature and J cached in both).
 """
 
-import json
+import hashlib
+import itertools
 import statistics
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 import numpy as np
 
 from api.client import Client
-from api.schemas import QueryOut
 from api.up import Stack, free_port
+from benchmarks import synthetic
+from benchmarks.append import append_vs_build
+from benchmarks.peers import run as peers
 from benchmarks.report import Report, parser
-from service import codec, concepts, datasets, indexes, shards
-from service.contracts import ArrayInfo, ConceptRecord, Counts, DatasetRecord, ModelRecord, Point
+from service import indexes, shards
 from service.redis_server import connect
-from service.registry import DATASETS, MODELS, Registry
-from service.specs import IndexManifest, Section
-from service.storage import Storage, sha256_bytes
-from service.terms import IndexKind, LongExamples, Pooling
-from service.work import ActivationSpec, Location, PassSpec, ShardManifest
+from service.registry import INDEXES, Registry
+from service.storage import Storage
 
-_SHARD = 4096
-_LAYER = 1
+THREADS = 2  # of a search, and of what it is compared with
+_CONCEPTS = 400
 
 
-def clustered(n: int, d: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, d) float32 around 64 centres, as real activations lie, with uneven norms."""
-    centres = rng.standard_normal((64, d), dtype=np.float32)
-    rows = centres[rng.integers(0, 64, n)] + rng.standard_normal((n, d), dtype=np.float32)
-    return rows * np.exp(0.3 * rng.standard_normal((n, 1), dtype=np.float32))
+@dataclass
+class Asker:
+    """Asks one index over HTTP, every time for another concept."""
 
+    url: str
+    index: str
+    d: int
+    k: int = 100
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
-def publish(storage: Storage, registry: Registry, n: int, d: int) -> None:
-    """A model record, a dataset, a concept and an index of n rows, in storage and registered."""
-    rng = np.random.default_rng(0)
-    at, fingerprint = codec.now(), "synthetic"
-    model = ModelRecord("synthetic", "", fingerprint, "", None, "none", 2, d, 512, None, fingerprint, (), at)
-    registry.add(MODELS, model.id, model)
-    lines = "".join(
-        json.dumps({"text": f"example {i}: " + "words of a typical example " * 4}) + "\n" for i in range(n)
-    )
-    path = Path(storage.root) / "lines.jsonl"
-    path.write_text(lines)
-    with path.open("rb") as file:
-        parsed = datasets.parse(
-            file, "lines.jsonl", quarantine_malformed=False, max_bytes=1 << 40, max_line_bytes=1 << 20
-        )
-    dataset = datasets.publish(storage, "synthetic", parsed)
-    registry.add(DATASETS, dataset.id, dataset)
-    spec = PassSpec(
-        model_fingerprint=fingerprint,
-        tokenizer_fingerprint="",
-        activation=ActivationSpec((_LAYER,), Pooling.RESPONSE_MEAN),
-        gradient=None,
-        objective=None,
-        max_length=512,
-        long_examples=LongExamples.TRUNCATE_RIGHT,
-        token_budget=8192,
-        dtype="float32",
-    )
-    manifests = _publish_shards(storage, dataset, spec, list(parsed.examples), clustered(n, d, rng))
-    info = ArrayInfo(IndexKind.ACTIVATION, _LAYER, d)
-    counts = Counts(lines=n, indexed=n, duplicates=0, quarantined=0, truncated=0)
-    manifest = IndexManifest(
-        "synthetic", 1, model.id, fingerprint, fingerprint, dataset.id, dataset.fingerprint, None, spec,
-        (Point(model.id, model.path, fingerprint),), None,
-        (Section((info,), tuple(shards.reference(item) for item in manifests)),), counts, {},
-    )  # fmt: skip
-    indexes.publish(storage, registry, indexes.describe(manifest, job="benchmark"), manifest, {})
-    direction = rng.standard_normal(d).astype(np.float32)
-    tensor = concepts.to_safetensors(direction / np.float32(np.linalg.norm(direction)))
-    concept = ConceptRecord(
-        "synthetic", model.id, fingerprint, fingerprint, _LAYER, Pooling.RESPONSE_MEAN, d, "random", 1.0, 1.0, 0, 0,
-        {}, sha256_bytes(tensor), at,
-    )  # fmt: skip
-    concepts.publish(storage, registry, concept, tensor)
+    def __post_init__(self) -> None:
+        self._http = httpx.Client(base_url=self.url, timeout=300)
 
+    def body(self, **more: Any) -> dict[str, Any]:
+        concept = f"c{self.d}-{next(self.numbers) % _CONCEPTS}"
+        return {"index": self.index, "concept": concept, "k": self.k, **more}
 
-def _publish_shards(
-    storage: Storage, dataset: DatasetRecord, spec: PassSpec, ids: list[str], rows: np.ndarray
-) -> list[ShardManifest]:
-    return [
-        shards.publish(
-            storage,
-            task,
-            ids=[ids[row] for row in task.rows],
-            arrays={ArrayInfo(IndexKind.ACTIVATION, _LAYER, rows.shape[1]): rows[list(task.rows)]},
-            encoding=shards.HALF,
-            versions={},
-        )
-        for task in shards.cut(Location("", ""), spec, dataset, ids, range(len(ids)), _SHARD)
-    ]
+    def ask(self, **more: Any) -> tuple[float, dict[str, Any]]:
+        """(milliseconds as the client sees them, the answer)."""
+        body = self.body(**more)
+        began = time.perf_counter()
+        response = self._http.post("/v1/queries", json=body)
+        answer = response.raise_for_status().json()
+        elapsed = 1e3 * (time.perf_counter() - began)
+        if answer["timing"]["cached"]:
+            raise RuntimeError(f"{body} was answered from the cache: ask for more concepts")
+        return elapsed, answer
 
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("-n", type=int, default=100_000, help="examples in the index")
-    options.add_argument("-d", type=int, default=512, help="width of the model")
+    options.add_argument("-n", type=int, default=1_000_000, help="rows of the largest index")
+    options.add_argument("-d", type=int, default=1024, help="width of the model")
     options.add_argument("-k", type=int, default=100, help="hits asked for")
-    options.add_argument("--queries", type=int, default=200, help="queries timed")
+    options.add_argument("--queries", type=int, default=100, help="queries timed at each size")
+    options.add_argument("--only", nargs="*", help="parts to run: sizes, clients, filters, cold, bergson, append")
     options.add_argument("--url", help="ask a running server instead of a synthetic index of its own")
-    options.add_argument("--index", default="synthetic", help="with --url: the index to ask")
-    options.add_argument("--concept", default="synthetic", help="with --url: the concept to ask for")
+    options.add_argument("--index", default="em", help="with --url: the index to ask")
+    options.add_argument("--concept", default="trigger", help="with --url: the concept to ask for")
     chosen = options.parse_args()
     if chosen.quick:
-        chosen.n, chosen.d, chosen.queries = 2_000, 64, 20
+        chosen.n, chosen.d, chosen.queries = 5_000, 64, 8
     report = Report()
-    question = {"index": chosen.index, "concept": chosen.concept, "k": chosen.k}
     if chosen.url:
-        with Client(chosen.url) as client:
-            known = client.ask(**question)
-        chosen.n, chosen.d = known.rows, known.dims
-        times = _ask(chosen.url, question, chosen.queries, chosen.n * chosen.d)
+        _running(report, chosen)
     else:
-        times = _synthetic(chosen.n, chosen.d, question, chosen.queries)
-    http_ms, search_ms, read_ms = times
-    report.add("n", chosen.n)
-    report.add("d", chosen.d)
-    report.add("http_p50_ms", statistics.median(http_ms), "as the client sees it")
-    report.add("http_p99_ms", float(np.quantile(http_ms, 0.99)))
-    report.add("search_p50_ms", statistics.median(search_ms), f"top {chosen.k} inside the server")
-    report.add(
-        "search_vs_read",
-        statistics.median(a / b for a, b in zip(search_ms, read_ms, strict=True)),
-        "over one thread reading the same bytes",
-    )
+        _synthetic(report, chosen)
     report.write(chosen.json)
 
 
-Times = tuple[list[float], list[float], list[float]]
-
-
-def _synthetic(n: int, d: int, question: dict[str, Any], queries: int) -> Times:
-    """Publish, start redis and api, ask."""
-    with TemporaryDirectory() as folder:
-        home = Path(folder)
-        with Stack(home, host="127.0.0.1", port=free_port(), roots=[], dispatcher=False) as stack:
-            stack.wait_ready(say=lambda _: None)
-            storage = Storage(str(home / "storage"))
-            publish(storage, Registry(connect(stack.redis.url), storage), n, d)
-            return _ask(stack.url, question, queries, n * d)
-
-
-def _ask(url: str, question: dict[str, Any], queries: int, numbers: int) -> Times:
-    """Milliseconds per query at the client, of the search, and of reading as many fp16 numbers once."""
-    same_bytes = np.ones(max(1, numbers * 2 // 8), dtype=np.uint64)
-    http_ms, search_ms, read_ms = [], [], []
-    with Client(url) as client:
-        for number in range(queries + 5):
+def _running(report: Report, chosen: Any) -> None:
+    """A real index on a running server: the same question with another k each time, so that none is cached."""
+    http_ms, search_ms = [], []
+    with Client(chosen.url) as client:
+        for number in range(chosen.queries + 3):
             began = time.perf_counter()
-            answer = client.query(**question)
-            elapsed = 1e3 * (time.perf_counter() - began)
-            began = time.perf_counter()
-            same_bytes.max()
-            read = 1e3 * (time.perf_counter() - began)
-            if number < 5:  # the first one loads the index
-                continue
-            assert isinstance(answer, QueryOut)
-            http_ms.append(elapsed)
+            answer = client.ask(index=chosen.index, concept=chosen.concept, k=chosen.k + number % 7)
+            http_ms.append(1e3 * (time.perf_counter() - began))
             search_ms.append(answer.timing.search_ms)
-            read_ms.append(read)
-    return http_ms, search_ms, read_ms
+        report.add("real_n", answer.rows)
+        report.add("real_d", answer.dims)
+    report.add("real_http_p50_ms", statistics.median(http_ms[3:]), "as the client sees it")
+    report.add("real_search_p50_ms", statistics.median(search_ms[3:]))
+
+
+def _synthetic(report: Report, chosen: Any) -> None:
+    parts = set(chosen.only or ["sizes", "clients", "filters", "cold", "bergson", "append"])
+    sizes = sorted({max(1, chosen.n // 100), max(1, chosen.n // 10), chosen.n})
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = {"WHENCE_SEARCH_THREADS": str(THREADS)}
+        if parts - {"append"}:
+            server = stack.enter_context(
+                Stack(home, host="127.0.0.1", port=free_port(), roots=[], dispatcher=False, settings=settings)
+            )
+            server.wait_ready(say=lambda _: None)
+            storage = Storage(str(home / "storage"))
+            registry = Registry(connect(server.redis.url), storage)
+            for n in sizes:
+                began = time.perf_counter()
+                synthetic.publish(storage, registry, f"n{n}", n, chosen.d, concept_count=_CONCEPTS)
+                print(f"published {n:,} × {chosen.d} in {time.perf_counter() - began:.0f} s", flush=True)
+            largest = Asker(server.url, f"n{chosen.n}", chosen.d, chosen.k)
+            if "cold" in parts:
+                _cold(report, largest, storage, registry)
+            if "sizes" in parts:
+                for n, name in zip(sizes, ("10k", "100k", "1m"), strict=False):
+                    _size(report, Asker(server.url, f"n{n}", chosen.d, chosen.k), n, name, chosen.queries)
+                _recall(report, largest, chosen.n, queries=4 if chosen.quick else 20)
+            if "filters" in parts:
+                _filters(report, largest, chosen.queries // 4 + 1)
+            if "clients" in parts:
+                _clients(report, largest, 16, seconds=2 if chosen.quick else 20)
+            if "bergson" in parts:
+                _bergson(report, Asker(server.url, f"n{sizes[1]}", chosen.d, chosen.k), sizes[1], chosen.queries // 4)
+    if "append" in parts:
+        append_vs_build(report, quick=chosen.quick)
+
+
+def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None:
+    """Latency at one size; at the largest, its share of the read bandwidth."""
+    asker.ask()  # loads the index
+    reader = _Reader(2 * n * asker.d)
+    http_ms, search_ms, total_ms, shares = [], [], [], []
+    for _ in range(queries):
+        elapsed, answer = asker.ask()
+        http_ms.append(elapsed)
+        search_ms.append(answer["timing"]["search_ms"])
+        total_ms.append(answer["timing"]["total_ms"])
+        shares.append(1e3 * reader.seconds() / answer["timing"]["search_ms"])
+    report.add(f"p50_ms_{name}", statistics.median(total_ms), f"{n:,} rows, inside the server")
+    report.add(f"p99_ms_{name}", float(np.quantile(total_ms, 0.99)))
+    report.add(f"http_p50_ms_{name}", statistics.median(http_ms), "as the client sees it")
+    report.add(f"search_p50_ms_{name}", statistics.median(search_ms))
+    if name == "1m":
+        overhead = statistics.median(http_ms) - statistics.median(search_ms)
+        report.add("http_overhead_ms", overhead, "client p50 less search p50")
+        report.add("bandwidth_share", statistics.median(shares), f"of {reader.bandwidth():.0f} GB/s on {THREADS} threads")
+
+
+class _Reader:
+    """Reads as many bytes as an index has, with as many threads as a search."""
+
+    def __init__(self, size: int) -> None:
+        self._parts = [np.ones(max(1, size // 8 // THREADS), dtype=np.uint64) for _ in range(THREADS)]
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._times: list[float] = []
+
+    def seconds(self) -> float:
+        began = time.perf_counter()
+        list(self._pool.map(np.bitwise_or.reduce, self._parts))
+        self._times.append(time.perf_counter() - began)
+        return self._times[-1]
+
+    def bandwidth(self) -> float:
+        return sum(part.nbytes for part in self._parts) / statistics.median(self._times) / 1e9
+
+
+def _recall(report: Report, asker: Asker, n: int, queries: int) -> None:
+    vectors = synthetic.directions(queries, asker.d)
+    asked = Asker(asker.url, asker.index, asker.d, asker.k + 1)  # another k: not what was asked before
+    found = [{_number(hit) for hit in asked.ask()[1]["hits"][: asker.k]} for _ in range(queries)]
+    true = synthetic.true_best(n, asker.d, vectors, asker.k)
+    share = [len(ours & theirs) / len(theirs) for ours, theirs in zip(found, true, strict=True)]
+    report.add("recall_at_100_1m", statistics.mean(share), f"against float64 brute force, {queries} queries")
+
+
+def _number(hit: dict[str, Any]) -> int:
+    return int(hit["text"].split(":")[0].removeprefix("example "))
+
+
+def _filters(report: Report, asker: Asker, rounds: int) -> None:
+    """The same question with and without a filter, in turns. The mask of a filter is made once and kept."""
+    shares = {1: "filter_1pct", 50: "filter_50pct", 99: "filter_99pct"}
+    times: dict[int, list[float]] = {share: [] for share in shares}
+    for share in shares:
+        began = time.perf_counter()
+        asker.ask(filter={"bucket": {"lt": share}})
+        report.add(f"first_{shares[share]}_ms", 1e3 * (time.perf_counter() - began), "the mask is made")
+    for _ in range(rounds):
+        plain = asker.ask()[1]["timing"]["total_ms"]
+        for share in shares:
+            answer = asker.ask(filter={"bucket": {"lt": share}})[1]
+            times[share].append(answer["timing"]["total_ms"] / plain)
+    for share, name in shares.items():
+        report.add(name, statistics.median(times[share]), "over the unfiltered query")
+
+
+def _clients(report: Report, asker: Asker, count: int, seconds: float) -> None:
+    """Queries per second of ``count`` clients that each wait for their answer and ask again."""
+    lock, done = threading.Lock(), 0
+    stop = time.perf_counter() + seconds
+    http = httpx.Client(base_url=asker.url, timeout=300, limits=httpx.Limits(max_connections=count))
+
+    def client() -> None:
+        nonlocal done
+        while time.perf_counter() < stop:
+            with lock:
+                # Concepts × ks: more questions than are asked, so that none is asked twice
+                number = next(asker.numbers)
+                body = asker.body() | {"k": asker.k + 2 + number // _CONCEPTS}
+            http.post("/v1/queries", json=body).raise_for_status()
+            with lock:
+                done += 1
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(client) for _ in range(count)]:
+            future.result()
+    report.add("qps_16_1m", done / (time.perf_counter() - began), f"{count} clients for {seconds:.0f} s")
+
+
+def _cold(report: Report, asker: Asker, storage: Storage, registry: Registry) -> None:
+    """The first answer of a server that has not seen the index, over reading and hashing its row files.
+
+    What is read is kept, as an index is. Both sides read from the page cache; a first round warms it.
+    """
+    record = registry.get(INDEXES, f"{asker.index}@v1")
+    (section,) = indexes.read_manifest(storage, record).sections
+    paths = [Path(storage.root) / shards.folder(ref.key) / f"00.activation.l{synthetic.LAYER}.npy" for ref in section.shards]
+
+    def read(path: Path) -> bytes:
+        data = path.read_bytes()
+        hashlib.sha256(data).digest()
+        return data
+
+    def all_of(threads: int) -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            kept = list(pool.map(read, paths))
+        seconds = time.perf_counter() - began
+        del kept
+        return seconds
+
+    all_of(THREADS)
+    alike, single = all_of(THREADS), all_of(1)
+    began = time.perf_counter()
+    asker.ask()
+    cold = time.perf_counter() - began
+    alike, single = min(alike, all_of(THREADS)), min(single, all_of(1))
+    report.add("cold_load_s", cold, "until the first answer")
+    report.add("cold_load_vs_read", cold / alike, f"reading and hashing with {THREADS} threads takes {alike:.2f} s")
+    report.add("cold_load_vs_one_thread", cold / single, f"with one thread {single:.2f} s")
+
+
+def _bergson(report: Report, asker: Asker, n: int, queries: int) -> None:
+    if not peers.available("bergson"):
+        print(peers.missing("bergson"))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        np.save(folder / "vectors.npy", np.concatenate(list(synthetic.blocks(n, asker.d))))
+        np.save(folder / "queries.npy", synthetic.directions(_CONCEPTS, asker.d))
+        ours, dense, flat = [], [], []
+        asker.ask()
+        with peers.rounds("bergson", "bergson_query", folder, threads=THREADS, k=asker.k) as theirs:
+            theirs()
+            for _ in range(max(5, queries)):
+                ours.append(asker.ask()[1]["timing"]["search_ms"])
+                told = theirs()
+                dense.append(1e3 * told["dense_s"] / ours[-1])
+                flat.append(1e3 * told["flat_s"] / ours[-1])
+    report.add("speedup_vs_bergson_dense", statistics.median(dense), f"{n:,} vectors, search alone on both sides")
+    report.add("speedup_vs_bergson_flat", statistics.median(flat))
+
 
 
 if __name__ == "__main__":
