@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from redis import Redis
 
 from service import codec, datasets, keys, shards
 from service.cache import LoadingCache
-from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
-from service.errors import Conflict, NotFound
-from service.registry import DATASETS, INDEXES, Registry
+from service.contracts import ArrayInfo, IndexRecord, Quarantined
+from service.errors import Conflict, Damaged, NotFound
+from service.examples import Examples
+from service.registry import DATASETS, INDEXES, Registry, stored
 from service.search import VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage, sha256_bytes
@@ -161,15 +161,16 @@ class IndexLoader:
         self._storage = storage
         self._threads = threads
         self._rows: LoadingCache[Rows] = LoadingCache(_LOADED)
-        self._examples: LoadingCache[ExampleTable] = LoadingCache(_LOADED)
+        self._examples: LoadingCache[Examples] = LoadingCache(_LOADED)
         self._manifests: LoadingCache[IndexManifest] = LoadingCache(_LOADED)
 
     def rows(self, record: IndexRecord, array: ArrayInfo) -> Rows:
         """One array of ``record.arrays``. Raises Damaged when a file is corrupt."""
         return self._rows.get((record.id, array), lambda: self._load(record, array))
 
-    def examples(self, dataset: DatasetRecord) -> "ExampleTable":
-        return self._examples.get(dataset.id, lambda: ExampleTable(datasets.read_table(self._storage, dataset)))
+    def examples(self, record: IndexRecord) -> Examples:
+        """The examples of all datasets of a version; versions of the same datasets share them."""
+        return self._examples.get(record.datasets, lambda: self._open(record))
 
     def manifest(self, record: IndexRecord) -> IndexManifest:
         return self._manifests.get(record.id, lambda: read_manifest(self._storage, record))
@@ -190,17 +191,12 @@ class IndexLoader:
         index = VectorIndex(np.concatenate(packed), np.concatenate(exponents), threads=self._threads)
         return Rows(index, ids)
 
-
-class ExampleTable:
-    """Texts and metadata of a dataset by example id."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._row = {item_id: row for row, item_id in enumerate(table.column("id").to_pylist())}
-
-    def __contains__(self, item_id: str) -> bool:
-        return item_id in self._row
-
-    def take(self, ids: Sequence[str]) -> list[Example]:
-        """The examples with these ids, in this order."""
-        return datasets.to_examples(self._table.take([self._row[item_id] for item_id in ids]))
+    def _open(self, record: IndexRecord) -> Examples:
+        wanted = {record.dataset: record.dataset_fingerprint}
+        wanted |= {part.dataset: part.fingerprint for part in record.appended}
+        found = [stored(self._storage, DATASETS, name) for name in wanted]
+        for dataset in found:
+            if dataset.fingerprint != wanted[dataset.id]:
+                detail = f"Dataset {dataset.id!r} is not the one that index {record.id} was built from."
+                raise Damaged("damaged_record", detail, param=dataset.id)
+        return Examples(self._storage, found)

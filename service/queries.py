@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service import artifacts, codec, concepts, indexes, token_shares
+from service import artifacts, codec, concepts, example_ids, indexes, token_shares
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
+from service.filters import Filter
 from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
 from service.matching import DIRECT, Asked, Matched, Missing, match
@@ -54,6 +55,7 @@ class Query:
     damping: float | None = None
     concept_function: ConceptFunction | None = None  # None: dot
     through: IndexKind | None = None
+    filter: Filter | None = None  # which examples are ranked
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,10 @@ class QueryService:
             detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
             raise Invalid("no_token_shares", detail, param="method")
         match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
-        table = self._loader.examples(self._registry.get(DATASETS, index.dataset))
-        for number, item in enumerate(examples):
-            if item not in table:
-                detail = f"Dataset {index.dataset!r} of index {index.id} holds no example {item!r}."
-                raise NotFound("example_not_found", detail, param=f"examples[{number}]")
+        unknown = np.flatnonzero(self._loader.examples(index).positions(example_ids.of(examples)) < 0).tolist()
+        if unknown:
+            detail = f"No dataset of index {index.id} ({', '.join(index.datasets)}) holds {examples[unknown[0]]!r}."
+            raise NotFound("example_not_found", detail, param=f"examples[{unknown[0]}]")
         concept = asked.concept.sha256 if asked.concept else None
         fingerprint = asked.query_set.fingerprint if asked.query_set else None
         about = [asked.method, concept, fingerprint, asked.function, asked.damping, asked.through]
@@ -173,13 +174,17 @@ class QueryService:
     def _search(self, rows: Rows, vector: F32, query: Query, index: IndexRecord) -> tuple[tuple[Hit, ...], float]:
         sign = 1.0 if query.order == Order.MOST else -1.0
         began = time.perf_counter()
-        top = rows.index.search(np.float32(sign) * vector, query.k)
+        examples = self._loader.examples(index)
+        if query.filter is None:
+            top = rows.index.search(np.float32(sign) * vector, query.k)
+        else:  # before the ranking: k hits among those that the filter keeps
+            kept = examples.mask(query.filter)[examples.positions(example_ids.of(rows.ids))]
+            top = rows.index.search(np.float32(sign) * vector, query.k, kept)  # pyright: ignore[reportCallIssue]
         search_ms = 1e3 * (time.perf_counter() - began)
-        dataset = self._registry.get(DATASETS, index.dataset)
-        examples = self._loader.examples(dataset).take([rows.ids[int(row)] for row in top.rows])
+        found = examples.take(examples.positions(example_ids.of([rows.ids[int(row)] for row in top.rows])))
         hits = tuple(
             Hit(rank, sign * float(score), example)
-            for rank, (score, example) in enumerate(zip(top.scores, examples, strict=True), start=1)
+            for rank, (score, example) in enumerate(zip(top.scores, found, strict=True), start=1)
         )
         return hits, search_ms
 

@@ -79,16 +79,10 @@ class Registry:
         if cached is not None and (known := _decode(collection, cached)) is not None:
             return known
         try:
-            stored = self._storage.read(_key(collection, item_id))
+            record = stored(self._storage, collection, item_id)
         except (NotFound, Invalid):
             return None
-        try:
-            record = codec.decode(collection.record, stored)
-        except ValueError as error:
-            raise Damaged(
-                "damaged_record", f"{_key(collection, item_id)} cannot be read: {error}", param=item_id
-            ) from error
-        self._redis.hset(keys.records(collection.name), item_id, stored)
+        self._redis.hset(keys.records(collection.name), item_id, codec.encode(record))
         return record
 
     def get(self, collection: Collection[T], item_id: str, *, param: str | None = None) -> T:
@@ -132,6 +126,17 @@ class Registry:
                     log.error("left out: %s", error)
         self._redis.set(keys.REGISTRY_FILLED, 1)
         return restored
+
+
+def stored(storage: Storage, collection: Collection[T], item_id: str) -> T:
+    """A record as storage holds it, whatever Redis knows. Raises NotFound, Damaged for one that cannot be read."""
+    data = storage.read(_key(collection, item_id))
+    try:
+        return codec.decode(collection.record, data)
+    except ValueError as error:
+        raise Damaged(
+            "damaged_record", f"{_key(collection, item_id)} cannot be read: {error}", param=item_id
+        ) from error
 
 
 def _decode(collection: Collection[T], cached: str) -> T | None:

@@ -19,6 +19,7 @@ from api.schemas import (
     TokenQueryIn,
     TokenSharesOut,
 )
+from service import filters
 from service.contracts import IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
@@ -43,7 +44,8 @@ def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut 
     """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
     if body.k > services.settings.max_k:
         raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
-    found = services.queries.run(Query(**body.model_dump()))
+    wanted = None if body.filter is None else filters.parse(body.filter)
+    found = services.queries.run(Query(**body.model_dump(exclude={"filter"}), filter=wanted))
     return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
 
 
