@@ -205,9 +205,9 @@ class QueryIn(Request):
     )
     filter: dict[str, Any] | None = Field(
         None,
-        description="Which examples are ranked, by their metadata: a value is equality (null: absent), an object has "
-        "`in`, `prefix`, `gt`, `gte`, `lt`, `lte`, `not`; several fields must all hold, of a list under `any` at least "
-        "one filter; dots lead into nested metadata, and `id` is the example's own",
+        description="Which examples are ranked, by their metadata: a value is equality (null: absent), an object "
+        "has `in`, `prefix`, `gt`, `gte`, `lt`, `lte`, `not`; several fields must all hold, of a list under `any` "
+        "at least one filter; dots lead into nested metadata, and `id` is the example's own",
         examples=[
             {"topic": {"in": ["harbor", "market"]}, "score": {"gte": 1}, "source.url": {"prefix": "https://"}}
         ],

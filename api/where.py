@@ -6,6 +6,7 @@ in it, needs quotation marks.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,8 @@ def _value(text: str) -> Any:
         value = json.loads(text, parse_constant=lambda name: name)
     except (ValueError, RecursionError):
         return text
-    return text if isinstance(value, list | dict) else value
+    beyond = isinstance(value, float) and not math.isfinite(value)  # 1e999
+    return text if beyond or isinstance(value, list | dict) else value
 
 
 def _text(text: str) -> str:

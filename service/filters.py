@@ -269,8 +269,8 @@ def to_json(wanted: Filter) -> dict[str, Any]:
             joined: dict[str, Any] = {}
             for name, condition in (item for each in of for item in to_json(each).items()):
                 # Conditions on one field share no operator: they were written as one object.
-                joined[name] = joined[name] | condition if name in joined else condition
-            return joined
+                joined[name] = _in_order(joined[name] | condition) if name in joined else condition
+            return _in_order(joined)
 
 
 def _test(test: Test) -> dict[str, Any]:
@@ -282,6 +282,10 @@ def _test(test: Test) -> dict[str, Any]:
         case Range(low, high):
             bounds = ((low, "gt"), (high, "lt"))
             return {f"{name}{'e' * one.included}": one.value[1] for one, name in bounds if one is not None}
+
+
+def _in_order(data: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(sorted(data.items()))
 
 
 def _sorted(items: Iterable[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from service import codec, datasets, indexes, keys, shards
+from service import codec, datasets, example_ids, indexes, keys, shards
 from service.contracts import (
     ArrayInfo,
     ConceptRecord,
@@ -436,7 +436,8 @@ def test_those_who_ask_at_once_get_the_same_rows(shelf: Shelf) -> None:
 def test_examples_come_back_in_the_order_asked_for(shelf: Shelf) -> None:
     ids = shelf.ids
     wanted: Sequence[str] = [ids[7], ids[0], ids[9], ids[0]]
-    examples = shelf.loader().examples(shelf.dataset).take(wanted)
+    held = shelf.loader().examples(shelf.publish("a", 1))
+    examples = held.take(held.positions(example_ids.of(wanted)))
     assert [example.id for example in examples] == wanted
     assert [example.metadata["n"] for example in examples] == [7, 0, 9, 0]
 
