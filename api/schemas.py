@@ -228,6 +228,15 @@ class QuestionIn(Request):
     through: IndexKind | None = Field(
         None, description="'gradient' or 'influence'. Default: embeddings where the index has them"
     )
+    filter: dict[str, Any] | None = Field(
+        None,
+        description="Which examples are ranked, by their metadata: a value is equality (null: absent), an object "
+        "has `in`, `prefix`, `gt`, `gte`, `lt`, `lte`, `not`; several fields must all hold, of a list under `any` "
+        "at least one filter; dots lead into nested metadata, and `id` is the example's own",
+        examples=[
+            {"topic": {"in": ["harbor", "market"]}, "score": {"gte": 1}, "source.url": {"prefix": "https://"}}
+        ],
+    )
 
 
 class QueryIn(QuestionIn):

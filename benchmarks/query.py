@@ -1,9 +1,9 @@
 """Queries as HTTP clients see them, on published indexes of 10,000 to a million rows, and what stands beside them.
 
 Indexes of clustered random vectors are published through the service's own formats; Redis and the api run as
-processes (no dispatcher: a query needs no model). Every query asks for another concept, so none is answered from the
-cache. Ratios compare interleaved measurements of one run: ``bandwidth_share`` against as many threads reading as many
-bytes in this process, the bergson figures against bergson 2.5.1 on the same 100,000 vectors (``make peers``),
+processes (no dispatcher: a query needs no model). Every query asks for another concept, so none is answered from
+the cache. Ratios compare interleaved measurements of one run: ``bandwidth_share`` against as many threads reading
+as many bytes in this process, the bergson figures against bergson 2.5.1 on the same 100,000 vectors (``make peers``),
 ``cold_load_vs_read`` against reading and hashing the same files with as many threads, ``append_vs_build`` against
 building an index of the appended examples alone (curvature and J cached in both).
 """
@@ -27,7 +27,6 @@ import numpy as np
 from api.client import Client
 from api.up import Stack, free_port
 from benchmarks import synthetic
-from benchmarks.append import append_vs_build
 from benchmarks.peers import run as peers
 from benchmarks.report import Report, parser
 from service import indexes, shards
@@ -36,7 +35,8 @@ from service.registry import INDEXES, Registry
 from service.storage import Storage
 
 THREADS = 2  # of a search, and of what it is compared with
-_CONCEPTS = 400
+_CONCEPTS = 600  # more than are asked of one index
+_NUMBERS = itertools.count()  # of questions: no two ask for the same concept
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Asker:
     index: str
     d: int
     k: int = 100
-    numbers: Iterator[int] = field(default_factory=itertools.count)
+    numbers: Iterator[int] = field(default_factory=lambda: _NUMBERS)
 
     def __post_init__(self) -> None:
         self._http = httpx.Client(base_url=self.url, timeout=300)
@@ -98,6 +98,7 @@ def _running(report: Report, chosen: Any) -> None:
             answer = client.ask(index=chosen.index, concept=chosen.concept, k=chosen.k + number % 7)
             http_ms.append(1e3 * (time.perf_counter() - began))
             search_ms.append(answer.timing.search_ms)
+        answer = client.ask(index=chosen.index, concept=chosen.concept, k=chosen.k)
         report.add("real_n", answer.rows)
         report.add("real_d", answer.dims)
     report.add("real_http_p50_ms", statistics.median(http_ms[3:]), "as the client sees it")
@@ -133,9 +134,9 @@ def _synthetic(report: Report, chosen: Any) -> None:
             if "clients" in parts:
                 _clients(report, largest, 16, seconds=2 if chosen.quick else 20)
             if "bergson" in parts:
-                _bergson(report, Asker(server.url, f"n{sizes[1]}", chosen.d, chosen.k), sizes[1], chosen.queries // 4)
-    if "append" in parts:
-        append_vs_build(report, quick=chosen.quick)
+                _bergson(
+                    report, Asker(server.url, f"n{sizes[1]}", chosen.d, chosen.k), sizes[1], chosen.queries // 4
+                )
 
 
 def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None:
@@ -156,7 +157,9 @@ def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None
     if name == "1m":
         overhead = statistics.median(http_ms) - statistics.median(search_ms)
         report.add("http_overhead_ms", overhead, "client p50 less search p50")
-        report.add("bandwidth_share", statistics.median(shares), f"of {reader.bandwidth():.0f} GB/s on {THREADS} threads")
+        report.add(
+            "bandwidth_share", statistics.median(shares), f"of {reader.bandwidth():.0f} GB/s on {THREADS} threads"
+        )
 
 
 class _Reader:
@@ -179,7 +182,8 @@ class _Reader:
 
 def _recall(report: Report, asker: Asker, n: int, queries: int) -> None:
     vectors = synthetic.directions(queries, asker.d)
-    asked = Asker(asker.url, asker.index, asker.d, asker.k + 1)  # another k: not what was asked before
+    # Another k, which is not what was asked before; concepts from the first, whose vectors are known.
+    asked = Asker(asker.url, asker.index, asker.d, asker.k + 1, itertools.count())
     found = [{_number(hit) for hit in asked.ask()[1]["hits"][: asker.k]} for _ in range(queries)]
     true = synthetic.true_best(n, asker.d, vectors, asker.k)
     share = [len(ours & theirs) / len(theirs) for ours, theirs in zip(found, true, strict=True)]
@@ -194,10 +198,10 @@ def _filters(report: Report, asker: Asker, rounds: int) -> None:
     """The same question with and without a filter, in turns. The mask of a filter is made once and kept."""
     shares = {1: "filter_1pct", 50: "filter_50pct", 99: "filter_99pct"}
     times: dict[int, list[float]] = {share: [] for share in shares}
-    for share in shares:
+    for share, name in shares.items():
         began = time.perf_counter()
         asker.ask(filter={"bucket": {"lt": share}})
-        report.add(f"first_{shares[share]}_ms", 1e3 * (time.perf_counter() - began), "the mask is made")
+        report.add(f"first_{name}_ms", 1e3 * (time.perf_counter() - began), "the mask is made")
     for _ in range(rounds):
         plain = asker.ask()[1]["timing"]["total_ms"]
         for share in shares:
@@ -238,7 +242,10 @@ def _cold(report: Report, asker: Asker, storage: Storage, registry: Registry) ->
     """
     record = registry.get(INDEXES, f"{asker.index}@v1")
     (section,) = indexes.read_manifest(storage, record).sections
-    paths = [Path(storage.root) / shards.folder(ref.key) / f"00.activation.l{synthetic.LAYER}.npy" for ref in section.shards]
+    paths = [
+        Path(storage.root) / shards.folder(ref.key) / f"00.activation.l{synthetic.LAYER}.npy"
+        for ref in section.shards
+    ]
 
     def read(path: Path) -> bytes:
         data = path.read_bytes()
@@ -283,7 +290,6 @@ def _bergson(report: Report, asker: Asker, n: int, queries: int) -> None:
                 flat.append(1e3 * told["flat_s"] / ours[-1])
     report.add("speedup_vs_bergson_dense", statistics.median(dense), f"{n:,} vectors, search alone on both sides")
     report.add("speedup_vs_bergson_flat", statistics.median(flat))
-
 
 
 if __name__ == "__main__":

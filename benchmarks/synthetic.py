@@ -1,7 +1,7 @@
 """A published index of clustered random vectors, in the service's own formats, of any size.
 
-Rows are made block by block from a seed, so that nobody ever holds all of them in float32, and whoever needs the true
-ranking makes them again.
+Rows are made block by block from a seed, so that nobody ever holds all of them in float32, and whoever needs the
+true ranking makes them again.
 """
 
 import io
@@ -50,7 +50,7 @@ def line(number: int) -> dict[str, Any]:
 
 
 def publish(storage: Storage, registry: Registry, name: str, n: int, d: int, *, concept_count: int) -> None:
-    """A model, a dataset of n lines, ``concept_count`` concepts and an index of n rows, all called after ``name``."""
+    """A model, a dataset of n lines, ``concept_count`` concepts, and an index of n rows, called after ``name``."""
     at, fingerprint = codec.now(), f"synthetic-{d}"
     model = ModelRecord(f"model-{d}", "", fingerprint, "", None, "none", 2, d, 512, None, fingerprint, (), at)
     if registry.find(MODELS, model.id) is None:
@@ -110,7 +110,12 @@ def _shards(
     tasks = shards.cut(Location("", ""), spec, dataset, ids, range(len(ids)), SHARD)
     for task, rows in zip(tasks, blocks(len(ids), info.dims), strict=True):
         manifest = shards.publish(
-            storage, task, ids=[ids[row] for row in task.rows], arrays={info: rows}, encoding=shards.HALF, versions={}
+            storage,
+            task,
+            ids=[ids[row] for row in task.rows],
+            arrays={info: rows},
+            encoding=shards.HALF,
+            versions={},
         )
         yield shards.reference(manifest)
 

@@ -1,4 +1,4 @@
-"""A small cache of things that take long to load: each is loaded once, others do not wait for it."""
+"""Things that take long to load: each is loaded once, when it is first asked for; others do not wait for it."""
 
 import threading
 from collections import OrderedDict
@@ -42,3 +42,19 @@ class LoadingCache(Generic[V]):
                     _, (_, lighter) = self._values.popitem(last=False)
                     self._weight -= lighter
             return value
+
+
+class Once(Generic[V]):
+    """One value, loaded when it is first asked for. Thread-safe; a load that raises is tried again."""
+
+    def __init__(self, load: Callable[[], V]) -> None:
+        self._load = load
+        self._value: list[V] = []
+        self._lock = threading.Lock()
+
+    def __call__(self) -> V:
+        if not self._value:
+            with self._lock:
+                if not self._value:
+                    self._value.append(self._load())
+        return self._value[0]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service import codec
+from service import codec, columns, example_ids, texts
 from service.contracts import (
     Completion,
     Content,
@@ -30,7 +30,7 @@ from service.contracts import (
     PlainText,
     Quarantined,
 )
-from service.errors import Invalid, TooLarge
+from service.errors import Conflict, Invalid, TooLarge
 from service.storage import Storage, sha256_bytes
 
 # Beside messages, these change what a template renders or a model sees; elsewhere they are metadata like any other.
@@ -53,12 +53,8 @@ _SHOWN = 20  # malformed lines listed in an error
 _DETAIL = 500  # characters; a line may be megabytes of one bad value
 _DEEPEST = 100  # nesting of metadata; JSON encoders give up at a few hundred
 
-_PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
-EXAMPLES_SCHEMA = pa.schema(
-    [("id", pa.string()), ("content", pa.string()), ("metadata", pa.string()), ("places", _PLACES)]
-)
 QUARANTINE_SCHEMA = pa.schema(
-    [("id", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("places", _PLACES)]
+    [("id", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("places", texts.PLACES)]
 )
 
 
@@ -306,12 +302,18 @@ def same_content(record: DatasetRecord, parsed: Parsed) -> bool:
 
 
 def _files(parsed: Parsed) -> dict[str, bytes]:
-    """The Parquet files of a dataset by name; the same source gives the same bytes."""
-    examples = pa.Table.from_pylist([_example_row(item) for item in parsed.examples.values()], EXAMPLES_SCHEMA)
+    """The files of a dataset by name; the same source gives the same bytes."""
+    examples = list(parsed.examples.values())
     aside = pa.Table.from_pylist([codec.to_plain(item) for item in parsed.quarantined], QUARANTINE_SCHEMA)
+    files = {
+        "ids.npy": example_ids.pack([example.id for example in examples]),
+        "examples.arrow": texts.pack(examples),
+        "metadata.parquet": columns.pack([example.metadata for example in examples]),
+        "quarantine.parquet": to_parquet(aside),
+    }
     # Named by content: of two uploads that race for one id, the loser must not overwrite the winner's files.
-    named = ((stem, to_parquet(table)) for stem, table in (("examples", examples), ("quarantine", aside)))
-    return {f"{stem}-{sha256_bytes(data)[:16]}.parquet": data for stem, data in named}
+    parts = ((*name.split("."), data) for name, data in files.items())
+    return {f"{stem}-{sha256_bytes(data)[:16]}.{suffix}": data for stem, suffix, data in parts}
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -320,11 +322,29 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def read(storage: Storage, record: DatasetRecord, stem: str) -> bytes:
+    """A dataset's file ``ids``, ``examples``, ``metadata`` or ``quarantine``, checked against the record's sha256.
+
+    Raises NotFound, Damaged, and Conflict for a dataset that another release has written.
+    """
+    name = next((name for name in record.files if name.startswith(f"{stem}-")), None)
+    if name is None or (stem == "examples" and not name.endswith(".arrow")):
+        raise Conflict(
+            "other_format",
+            f"Dataset {record.id!r} was stored by another release, which kept its examples in other files. Add the "
+            "source again under another id, and build again from that.",
+            param=record.id,
+        )
+    return storage.read(f"datasets/{record.id}/{name}", sha256=record.files[name])
+
+
 def read_table(storage: Storage, record: DatasetRecord, stem: str = "examples") -> pa.Table:
-    """The dataset's table ``examples`` or ``quarantine``, checked against the record's sha256."""
-    name = next(name for name in record.files if name.startswith(stem))
-    data = storage.read(f"datasets/{record.id}/{name}", sha256=record.files[name])
-    return pq.read_table(io.BytesIO(data))
+    """The table ``examples`` (id, content, metadata, places) or ``quarantine``, checked as by ``read``."""
+    data = read(storage, record, stem)
+    if stem == "quarantine":
+        return pq.read_table(io.BytesIO(data))
+    ids = example_ids.unpack(read(storage, record, "ids"))
+    return texts.table(data).add_column(0, "id", [example_ids.to_arrow(ids)])
 
 
 def to_examples(table: pa.Table) -> list[Example]:
@@ -342,12 +362,3 @@ def to_examples(table: pa.Table) -> list[Example]:
 
 def to_quarantined(table: pa.Table) -> list[Quarantined]:
     return [codec.from_plain(Quarantined, row) for row in table.to_pylist()]
-
-
-def _example_row(example: Example) -> dict[str, Any]:
-    return {
-        "id": example.id,
-        "content": codec.canonical(codec.to_plain(example.content)).decode(),
-        "metadata": json.dumps(example.metadata, ensure_ascii=False),
-        "places": [{"file": place.file, "line": place.line} for place in example.places],
-    }

@@ -8,13 +8,10 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 from redis import Redis
 
 from service import codec, datasets, keys, shards
-from service.contracts import Example, IndexRecord, Quarantined
+from service.contracts import IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.specs import IndexManifest
@@ -141,22 +138,3 @@ def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> li
     return aside + [
         Quarantined(item.id, item.reason, item.detail, places.get(item.id or "", ())) for item in told.values()
     ]
-
-
-class ExampleTable:
-    """Texts and metadata of a dataset by example id."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._row = {item_id: row for row, item_id in enumerate(table.column("id").to_pylist())}
-
-    def __contains__(self, item_id: str) -> bool:
-        return item_id in self._row
-
-    def positions(self, ids: NDArray[np.bytes_]) -> NDArray[np.int64]:
-        """Where they lie; −1 for those that are not here."""
-        return np.array([self._row.get(item.decode(), -1) for item in ids], dtype=np.int64)
-
-    def take(self, positions: NDArray[np.int64]) -> list[Example]:
-        """The examples at these places, in this order."""
-        return datasets.to_examples(self._table.take(positions))

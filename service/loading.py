@@ -11,12 +11,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, datasets, indexes, shards
+from service import artifacts, example_ids, indexes, shards
 from service.batching import Batcher
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, IndexRecord
 from service.errors import Damaged, NotFound, Unavailable
-from service.indexes import ExampleTable
+from service.example_ids import Ids
+from service.examples import Examples
 from service.registry import DATASETS, Registry
 from service.rows import F16, F32
 from service.search import BLOCK_BYTES, Block, Mask, VectorIndex
@@ -26,8 +27,6 @@ from service.work import ShardManifest, ShardRef
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-Ids = NDArray[np.bytes_]  # 'S64': example ids as their hex digits
 
 _SMALL = 8  # manifests and example tables kept
 _SAMPLE = 1 << 14  # rows on which the spread of scores is estimated; of an index no larger than that, all
@@ -68,7 +67,7 @@ class Rows:
         pieces: Sequence[Piece],
         d: int,
         deleted: Ids | None,
-        examples: Callable[[], ExampleTable],
+        examples: Callable[[], Examples],
         *,
         threads: int,
     ) -> None:
@@ -128,7 +127,7 @@ class IndexLoader:
         self._rows: LoadingCache[Rows] = LoadingCache(most_bytes, lambda rows: rows.bytes)
         # Alive while any loaded version uses them: an appended version loads what is new.
         self._pieces: weakref.WeakValueDictionary[tuple[object, ...], Piece] = weakref.WeakValueDictionary()
-        self._examples: LoadingCache[ExampleTable] = LoadingCache(_SMALL)
+        self._examples: LoadingCache[Examples] = LoadingCache(_SMALL)
         self._manifests: LoadingCache[IndexManifest] = LoadingCache(_SMALL)
         self._reading = ThreadPoolExecutor(max(2, threads), thread_name_prefix="load")
         self._lock = threading.Lock()
@@ -137,18 +136,24 @@ class IndexLoader:
         """One array of ``record.arrays``. Raises Damaged when a file is corrupt, Unavailable beyond the memory."""
         return self._rows.get((record.id, record.manifest_sha256, array), lambda: self._load(record, array))
 
-    def examples(self, record: IndexRecord) -> ExampleTable:
-        """Texts, places and metadata of all examples of the version."""
-
-        def read() -> ExampleTable:
-            return ExampleTable(datasets.read_table(self._storage, self._registry.get(DATASETS, record.dataset)))
-
-        return self._examples.get(record.datasets, read)
+    def examples(self, record: IndexRecord) -> Examples:
+        """The examples of all datasets of a version; versions of the same datasets share them."""
+        return self._examples.get((record.datasets, record.dataset_fingerprint), lambda: self._open(record))
 
     def manifest(self, record: IndexRecord) -> IndexManifest:
         return self._manifests.get(
             (record.id, record.manifest_sha256), lambda: indexes.read_manifest(self._storage, record)
         )
+
+    def _open(self, record: IndexRecord) -> Examples:
+        wanted = {record.dataset: record.dataset_fingerprint}
+        wanted |= {part.dataset: part.fingerprint for part in record.appended}
+        found = [self._registry.get(DATASETS, name) for name in wanted]
+        for dataset in found:
+            if dataset.fingerprint != wanted[dataset.id]:
+                detail = f"Dataset {dataset.id!r} is not the one that index {record.id} was built from."
+                raise Damaged("damaged_record", detail, param=dataset.id)
+        return Examples(self._storage, found)
 
     def _load(self, record: IndexRecord, array: ArrayInfo) -> Rows:
         try:
@@ -217,7 +222,7 @@ class _Shard:
         read = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in self._references]
         self._manifest = mine = read[self._own]
         others = [set(manifest.ids) for manifest in read if manifest.ids != mine.ids]
-        self.ids = _digits(mine.ids)
+        self.ids = example_ids.of(mine.ids)
         if others:
             self._kept = [row for row, item in enumerate(mine.ids) if all(item in held for held in others)]
             self.ids = self.ids[self._kept]
@@ -264,10 +269,3 @@ def grouped(rows: Sequence[int], dims: int) -> list[tuple[int, int]]:
             start, held = number, 0
         held += count
     return [*groups, (start, len(rows))] if len(rows) else []
-
-
-def _digits(ids: Sequence[str]) -> Ids:
-    """Ids of 64 digits as an array, without a Python object for each."""
-    if all(len(item) == 64 for item in ids):
-        return np.frombuffer("".join(ids).encode(), dtype="S64") if ids else np.zeros(0, "S64")
-    return np.array([item.encode() for item in ids], dtype="S64")  # of tests, and never of files

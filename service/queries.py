@@ -6,12 +6,11 @@ once and cached in storage.
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, indexes, token_shares
+from service import artifacts, codec, example_ids, indexes, token_shares
 from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
@@ -144,7 +143,7 @@ class QueryService:
             detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
             raise Invalid("no_token_shares", detail, param="method")
         match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
-        places = self._loader.examples(index).positions(np.array([item.encode() for item in examples], dtype="S64"))
+        places = self._loader.examples(index).positions(example_ids.of(examples))
         for number in np.flatnonzero(places < 0):
             detail = f"Index {index.id} of {', '.join(index.datasets)} holds no example {examples[number]!r}."
             raise NotFound("example_not_found", detail, param=f"examples[{number}]")
@@ -175,8 +174,7 @@ class QueryService:
         wanted = query.filter
 
         def keep() -> Mask:
-            examples: Any = self._loader.examples(index)
-            mask = rows.allowed(examples.mask(wanted)[rows.positions])
+            mask = rows.allowed(self._loader.examples(index).mask(wanted)[rows.positions])
             assert mask is not None  # noqa: S101  (it was none before)
             return mask
 

@@ -1,13 +1,13 @@
 """What a user asks of an index, and its names resolved to records, directions and numbers."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from service import codec, concepts
 from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
+from service.filters import Filter
 from service.matching import DIRECT, Asked
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.rows import F32
@@ -60,7 +60,7 @@ class Query:
     vector: tuple[float, ...] | None = None
     layer: int | None = None
     pooling: Pooling | None = None  # of a vector; None: that of the index
-    filter: Any = None  # a service.filters.Filter: examples that may be ranked
+    filter: Filter | None = None  # which examples are ranked
 
 
 def resolve(query: Query, index: IndexRecord, registry: Registry, storage: Storage) -> Asked:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from service import codec, datasets, indexes, keys, shards
+from service import codec, datasets, example_ids, indexes, keys, shards
 from service.contracts import (
     ArrayInfo,
     ConceptRecord,
@@ -436,7 +436,7 @@ def test_examples_come_back_in_the_order_asked_for(shelf: Shelf) -> None:
     ids = shelf.ids
     wanted = [ids[7], ids[0], ids[9], ids[0]]
     table = shelf.loader().examples(shelf.publish("a", 1))
-    examples = table.take(table.positions(np.array([item.encode() for item in wanted])))
+    examples = table.take(table.positions(example_ids.of(wanted)))
     assert [example.id for example in examples] == wanted
     assert [example.metadata["n"] for example in examples] == [7, 0, 9, 0]
 

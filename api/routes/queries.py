@@ -21,6 +21,7 @@ from api.schemas import (
     TokenQueryIn,
     TokenSharesOut,
 )
+from service import filters
 from service.contracts import IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
@@ -88,6 +89,8 @@ def question(body: QuestionIn, k: int) -> Query:
         asked["concepts"] = tuple(Weighted(each.id, each.weight) for each in body.concepts)
     if body.vector is not None:
         asked["vector"] = tuple(body.vector)
+    if body.filter is not None:
+        asked["filter"] = filters.parse(body.filter)
     return Query(**{**asked, "k": k})
 
 

@@ -1,10 +1,11 @@
 # pyright: reportMissingImports=false
-"""Times a search with bergson 2.5.1 over given vectors: its dense scoring and its FAISS "Flat", one query per round.
+"""Times searches with bergson 2.5.1 over given vectors, a query per round: its dense scoring and its FAISS "Flat".
 
-The folder holds ``vectors.npy`` (n, d) float32 and ``queries.npy`` (q, d) float32; both are handed to bergson as a store
-of one module, so that nothing is projected, normalised or preconditioned. Says ``{"ready": true, ...}`` once both are
-loaded; then, for every line read, answers ``dense_s`` and ``flat_s`` of the next query and the rows found. Options: ``k``
-(100), ``threads``. bergson's FAISS path asks for ``faiss.GpuIndex``, which faiss-cpu lacks: an empty type will do.
+The folder holds ``vectors.npy`` (n, d) and ``queries.npy`` (q, d), float32. The vectors are handed to bergson as a
+store of one module, so that nothing is projected, normalised or preconditioned. Says ``{"ready": true, ...}`` once
+both are loaded; then, for every line read, answers ``dense_s`` and ``flat_s`` of the next query and the rows found.
+Options: ``k`` (100), ``threads``. bergson's FAISS path asks for ``faiss.GpuIndex``, which faiss-cpu lacks: an empty
+type will do.
 """
 
 import json

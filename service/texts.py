@@ -1,0 +1,88 @@
+"""Examples at rest: text, metadata and places, in blocks so small that a hundred hits from anywhere cost little.
+
+An Arrow file, each block compressed by itself. Which example a row is stands in the ids beside it, not here.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from service import codec
+from service.cache import LoadingCache
+from service.contracts import Content, Example, Place
+
+PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
+SCHEMA = pa.schema([("content", pa.string()), ("metadata", pa.string()), ("places", PLACES)])
+
+# A hit costs its whole block, and a block about 20 µs whatever its size: docs/decisions/0016.
+_BLOCK_BYTES = 32 << 10
+_LEAST, _MOST = 4, 64  # rows
+_ROWS = b"whence.rows"
+_KEPT = 256  # decoded blocks
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row: an example but for its id."""
+
+    content: Content
+    metadata: dict[str, Any]
+    places: tuple[Place, ...]
+
+
+def pack(examples: Sequence[Example]) -> bytes:
+    """Equal examples give equal bytes."""
+    table = pa.Table.from_pydict(
+        {
+            "content": [codec.canonical(codec.to_plain(example.content)).decode() for example in examples],
+            "metadata": [json.dumps(example.metadata, ensure_ascii=False) for example in examples],
+            "places": [[{"file": at.file, "line": at.line} for at in example.places] for example in examples],
+        },
+        SCHEMA,
+    )
+    fitting = _BLOCK_BYTES * max(1, table.num_rows) // max(1, table.nbytes)
+    rows = min(max(fitting, _LEAST), _MOST)
+    schema = SCHEMA.with_metadata({_ROWS: str(rows)})
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        writer.write_table(table.replace_schema_metadata(schema.metadata), max_chunksize=rows)
+    return sink.getvalue().to_pybytes()
+
+
+def table(data: bytes) -> pa.Table:
+    """All of it."""
+    with pa.ipc.open_file(pa.py_buffer(data)) as reader:
+        return reader.read_all().replace_schema_metadata(None)
+
+
+class Texts:
+    """The file, compressed in memory; rows are decoded block by block, those last used are kept. Thread-safe."""
+
+    def __init__(self, data: bytes) -> None:
+        self._buffer = pa.py_buffer(data)
+        self._rows = int(self._open().schema.metadata[_ROWS])
+        self._blocks: LoadingCache[pa.RecordBatch] = LoadingCache(_KEPT)
+
+    def take(self, rows: Sequence[int]) -> list[Text]:
+        """The texts of these rows, in this order."""
+        reader = self._open()  # a reader's own state is not made for several threads
+        found = []
+        for row in rows:
+            number, within = divmod(row, self._rows)
+            block = self._blocks.get(number, lambda number=number: reader.get_batch(number))
+            content, metadata, places = (block.column(place)[within].as_py() for place in range(3))
+            found.append(
+                Text(
+                    codec.decode(Content, content),  # pyright: ignore[reportArgumentType]
+                    json.loads(metadata),
+                    tuple(Place(**place) for place in places),
+                )
+            )
+        return found
+
+    def _open(self) -> pa.RecordBatchFileReader:
+        return pa.ipc.open_file(self._buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
