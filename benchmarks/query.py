@@ -3,7 +3,7 @@
 Indexes of clustered random vectors are published through the service's own formats; Redis and the api run as
 processes (no dispatcher: a query needs no model). Every query asks for another concept, so none is answered from
 the cache. Ratios compare interleaved measurements of one run: ``bandwidth_share`` against as many threads reading
-as many bytes in this process, the bergson figures against bergson 2.5.1 on the same 100,000 vectors (``make peers``),
+as many bytes here, the bergson figures against bergson 2.5.1 on the same 100,000 vectors (``make peers``),
 ``cold_load_vs_read`` against reading and hashing the same files with as many threads, ``append_vs_build`` against
 building an index of the appended examples alone (curvature and J cached in both).
 """
@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from service.storage import Storage
 
 THREADS = 2  # of a search, and of what it is compared with
 _CONCEPTS = 600  # more than are asked of one index
+_FEW = 150  # at smoke size
 _NUMBERS = itertools.count()  # of questions: no two ask for the same concept
 
 
@@ -47,13 +49,14 @@ class Asker:
     index: str
     d: int
     k: int = 100
+    concepts: int = _CONCEPTS
     numbers: Iterator[int] = field(default_factory=lambda: _NUMBERS)
 
     def __post_init__(self) -> None:
         self._http = httpx.Client(base_url=self.url, timeout=300)
 
     def body(self, **more: Any) -> dict[str, Any]:
-        concept = f"c{self.d}-{next(self.numbers) % _CONCEPTS}"
+        concept = f"c{self.d}-{next(self.numbers) % self.concepts}"
         return {"index": self.index, "concept": concept, "k": self.k, **more}
 
     def ask(self, **more: Any) -> tuple[float, dict[str, Any]]:
@@ -107,6 +110,7 @@ def _running(report: Report, chosen: Any) -> None:
 
 def _synthetic(report: Report, chosen: Any) -> None:
     parts = set(chosen.only or ["sizes", "clients", "filters", "cold", "bergson", "append"])
+    count = _FEW if chosen.quick else _CONCEPTS
     sizes = sorted({max(1, chosen.n // 100), max(1, chosen.n // 10), chosen.n})
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -120,23 +124,26 @@ def _synthetic(report: Report, chosen: Any) -> None:
             registry = Registry(connect(server.redis.url), storage)
             for n in sizes:
                 began = time.perf_counter()
-                synthetic.publish(storage, registry, f"n{n}", n, chosen.d, concept_count=_CONCEPTS)
+                synthetic.publish(storage, registry, f"n{n}", n, chosen.d, concept_count=count)
                 print(f"published {n:,} × {chosen.d} in {time.perf_counter() - began:.0f} s", flush=True)
-            largest = Asker(server.url, f"n{chosen.n}", chosen.d, chosen.k)
+            asker = partial(_asker, server.url, chosen, count)
+            largest = asker(chosen.n)
             if "cold" in parts:
                 _cold(report, largest, storage, registry)
             if "sizes" in parts:
                 for n, name in zip(sizes, ("10k", "100k", "1m"), strict=False):
-                    _size(report, Asker(server.url, f"n{n}", chosen.d, chosen.k), n, name, chosen.queries)
+                    _size(report, asker(n), n, name, chosen.queries)
                 _recall(report, largest, chosen.n, queries=4 if chosen.quick else 20)
             if "filters" in parts:
                 _filters(report, largest, chosen.queries // 4 + 1)
             if "clients" in parts:
                 _clients(report, largest, 16, seconds=2 if chosen.quick else 20)
             if "bergson" in parts:
-                _bergson(
-                    report, Asker(server.url, f"n{sizes[1]}", chosen.d, chosen.k), sizes[1], chosen.queries // 4
-                )
+                _bergson(report, asker(sizes[1]), sizes[1], chosen.queries // 4)
+
+
+def _asker(url: str, chosen: Any, concepts: int, n: int) -> Asker:
+    return Asker(url, f"n{n}", chosen.d, chosen.k, concepts)
 
 
 def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None:
@@ -183,7 +190,7 @@ class _Reader:
 def _recall(report: Report, asker: Asker, n: int, queries: int) -> None:
     vectors = synthetic.directions(queries, asker.d)
     # Another k, which is not what was asked before; concepts from the first, whose vectors are known.
-    asked = Asker(asker.url, asker.index, asker.d, asker.k + 1, itertools.count())
+    asked = replace(asker, k=asker.k + 1, numbers=itertools.count())
     found = [{_number(hit) for hit in asked.ask()[1]["hits"][: asker.k]} for _ in range(queries)]
     true = synthetic.true_best(n, asker.d, vectors, asker.k)
     share = [len(ours & theirs) / len(theirs) for ours, theirs in zip(found, true, strict=True)]
@@ -223,7 +230,7 @@ def _clients(report: Report, asker: Asker, count: int, seconds: float) -> None:
             with lock:
                 # Concepts × ks: more questions than are asked, so that none is asked twice
                 number = next(asker.numbers)
-                body = asker.body() | {"k": asker.k + 2 + number // _CONCEPTS}
+                body = asker.body() | {"k": asker.k + 2 + number // asker.concepts}
             http.post("/v1/queries", json=body).raise_for_status()
             with lock:
                 done += 1
@@ -278,7 +285,7 @@ def _bergson(report: Report, asker: Asker, n: int, queries: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         np.save(folder / "vectors.npy", np.concatenate(list(synthetic.blocks(n, asker.d))))
-        np.save(folder / "queries.npy", synthetic.directions(_CONCEPTS, asker.d))
+        np.save(folder / "queries.npy", synthetic.directions(asker.concepts, asker.d))
         ours, dense, flat = [], [], []
         asker.ask()
         with peers.rounds("bergson", "bergson_query", folder, threads=THREADS, k=asker.k) as theirs:

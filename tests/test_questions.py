@@ -1,0 +1,234 @@
+"""Questions to an index: directions in three ways, orders, pages, filters, and where a score lies among all."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from redis import Redis
+
+from api.main import create_app
+from service import codec, concepts, datasets, indexes, shards
+from service.contracts import ArrayInfo, ConceptRecord, Counts, ModelRecord, Point
+from service.registry import DATASETS, MODELS, Registry
+from service.settings import Settings
+from service.specs import IndexManifest, Section
+from service.storage import Storage, sha256_bytes
+from service.terms import IndexKind, LongExamples, Pooling
+from service.work import ActivationSpec, Location, PassSpec
+
+D, N, LAYER = 12, 300, 2
+RNG = np.random.default_rng(7)
+ROWS = (RNG.normal(size=(N, D)) * np.exp(RNG.normal(size=(N, 1)))).astype(np.float16).astype(np.float32)
+DIRECTIONS = {name: RNG.normal(size=D).astype(np.float32) for name in ("a", "b", "deep", "pooled")}
+DIRECTIONS = {name: value / np.linalg.norm(value) for name, value in DIRECTIONS.items()}
+
+
+def publish(registry: Registry, storage: Storage) -> None:
+    registry.add(MODELS, "m", ModelRecord("m", "", "f", "", None, "none", 4, D, 64, None, "f", (), codec.now()))
+    lines = "".join(
+        f'{{"text": "example {number}: {"x" * 300}", "n": {number}, "odd": {str(number % 2 == 1).lower()}}}\n'
+        for number in range(N)
+    )
+    source = Path(storage.root) / "lines.jsonl"
+    source.write_text(lines)
+    with source.open("rb") as file:
+        parsed = datasets.parse(file, "l", quarantine_malformed=False, max_bytes=1 << 30, max_line_bytes=1 << 20)
+    dataset = datasets.publish(storage, "d", parsed)
+    registry.add(DATASETS, "d", dataset)
+    info = ArrayInfo(IndexKind.ACTIVATION, LAYER, D)
+    spec = PassSpec(
+        model_fingerprint="f",
+        tokenizer_fingerprint="",
+        activation=ActivationSpec((LAYER,), Pooling.RESPONSE_MEAN),
+        gradient=None,
+        objective=None,
+        max_length=64,
+        long_examples=LongExamples.TRUNCATE_RIGHT,
+        token_budget=64,
+        dtype="float32",
+    )
+    ids = list(parsed.examples)
+    refs = [
+        shards.reference(
+            shards.publish(
+                storage,
+                task,
+                ids=[ids[row] for row in task.rows],
+                arrays={info: ROWS[list(task.rows)]},
+                encoding=shards.HALF,
+                versions={},
+            )
+        )
+        for task in shards.cut(Location("", ""), spec, dataset, ids, range(N), 64)
+    ]
+    for version in (1, 2):
+        manifest = IndexManifest(
+            "i", version, "m", "f", "f", "d", dataset.fingerprint, None, spec, (Point("m", "", "f"),), None,
+            (Section((info,), tuple(refs)),), Counts(N, N, 0, 0, 0), {},
+        )  # fmt: skip
+        indexes.publish(storage, registry, indexes.describe(manifest, job="j"), manifest, {})
+    for name, direction in DIRECTIONS.items():
+        tensor = concepts.to_safetensors(direction)
+        record = ConceptRecord(
+            name,
+            "m",
+            "f",
+            "f",
+            LAYER,
+            Pooling.RESPONSE_MEAN,
+            D,
+            "x",
+            1.0,
+            0.9,
+            9,
+            9,
+            {},
+            sha256_bytes(tensor),
+            "now",
+        )
+        if name == "deep":
+            record = replace(record, layer=3)
+        if name == "pooled":
+            record = replace(record, pooling=Pooling.ALL_MEAN)
+        concepts.publish(storage, registry, record, tensor)
+
+
+@pytest.fixture
+def http(redis: Redis, redis_server, storage: Storage, registry: Registry, tmp_path: Path) -> Iterator[TestClient]:
+    publish(registry, storage)
+    settings = Settings(home=tmp_path, storage_url=storage.root, redis_url=redis_server.url, search_threads=2)
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+def ask(http: TestClient, status: int = 200, **body):
+    response = http.post("/v1/queries", json={"index": "i", **body})
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def numbers(answer) -> list[int]:
+    return [hit["metadata"]["n"] for hit in answer["hits"]]
+
+
+SCORES = ROWS.astype(np.float64) @ DIRECTIONS["a"]
+
+
+def test_orders_rank_by_the_sign_or_the_size_of_scores(http: TestClient) -> None:
+    for order, key in (("most", -SCORES), ("least", SCORES), ("absolute", -np.abs(SCORES))):
+        answer = ask(http, concept="a", k=40, order=order)
+        assert numbers(answer) == np.argsort(key, kind="stable")[:40].tolist()
+        np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], SCORES[numbers(answer)], rtol=1e-5)
+        assert [hit["rank"] for hit in answer["hits"]] == list(range(1, 41))
+
+
+def test_where_a_score_lies_among_all(http: TestClient) -> None:
+    for order in ("most", "least", "absolute"):
+        for hit in ask(http, concept="a", k=N, order=order)["hits"]:
+            score = SCORES[hit["metadata"]["n"]]
+            lower = 100 * (score > SCORES).mean()
+            # of both signs mixed it is read off the scores in float32, where its own is half below it
+            assert hit["percentile"] == pytest.approx(lower, abs=1e-3 if order != "absolute" else 100.5 / N)
+            assert hit["z_score"] == pytest.approx((score - SCORES.mean()) / SCORES.std(), abs=1e-3)
+
+
+def test_an_inline_vector_is_the_concept_of_the_same_numbers(http: TestClient) -> None:
+    vector = [3 * float(value) for value in DIRECTIONS["a"]]
+    answer = ask(http, vector=vector, layer=LAYER, k=30)
+    assert [hit["example_id"] for hit in answer["hits"]] == [
+        hit["example_id"] for hit in ask(http, concept="a", k=30)["hits"]
+    ]
+    assert answer["concept"]["id"] == "inline"
+    assert answer["concept"]["auroc_held_out"] is None
+
+
+def test_a_weighted_sum_scores_the_sum_of_scores(http: TestClient) -> None:
+    total = 2 * SCORES - 0.5 * (ROWS.astype(np.float64) @ DIRECTIONS["b"])
+    answer = ask(http, concepts=[{"id": "a", "weight": 2}, {"id": "b", "weight": -0.5}], k=25)
+    assert numbers(answer) == np.argsort(-total)[:25].tolist()
+    np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(-total)[:25] * -1, rtol=1e-4)
+
+
+def test_pages_fit_together_and_stay_with_their_version(http: TestClient) -> None:
+    body = {"concept": "a", "k": 50, "limit": 20, "order": "least"}
+    first = ask(http, **body)
+    second = ask(http, **body, cursor=first["next"])
+    third = ask(http, **body, cursor=second["next"])
+    assert numbers(first) + numbers(second) + numbers(third) == numbers(ask(http, concept="a", k=50, order="least"))
+    assert [len(page["hits"]) for page in (first, second, third)] == [20, 20, 10]
+    assert third["next"] is None
+    assert [hit["rank"] for hit in second["hits"]] == list(range(21, 41))
+    old = ask(http, **{**body, "index": "i@v1"})
+    assert ask(http, **{**body, "index": "i@v1"}, cursor=old["next"])["index"] == "i@v1"
+    assert first["index"] == "i@v2"
+
+
+@pytest.mark.parametrize("change", [{"k": 49}, {"concept": "b"}, {"order": "most"}, {"filter": {"odd": True}}])
+def test_a_cursor_of_another_question_is_refused(http: TestClient, change) -> None:
+    body = {"concept": "a", "k": 50, "limit": 20, "order": "least"}
+    cursor = ask(http, **body)["next"]
+    assert ask(http, 422, **{**body, **change}, cursor=cursor)["code"] == "bad_cursor"
+    for bad in ("", "x", "e30=", cursor[:-4]):
+        assert ask(http, 422, **body, cursor=bad)["code"] == "bad_cursor"
+
+
+@pytest.mark.parametrize(("filter_", "keep"), [
+    ({"odd": True}, lambda n: n % 2 == 1),
+    ({"n": {"lt": 7}}, lambda n: n < 7),
+    ({"n": {"gte": 299}}, lambda n: n >= 299),
+    ({"n": {"lt": 0}}, lambda n: False),
+])  # fmt: skip
+def test_filters_apply_before_ranking(http: TestClient, filter_, keep) -> None:
+    kept = [n for n in range(N) if keep(n)]
+    answer = ask(http, concept="a", k=30, filter=filter_)
+    assert numbers(answer) == sorted(kept, key=lambda n: -SCORES[n])[:30]
+    assert answer["rows"] == len(kept)
+
+
+def test_fields_decide_what_hits_carry(http: TestClient) -> None:
+    (full,) = ask(http, concept="a", k=1)["hits"]
+    assert len(full["text"]) > 300
+    assert full["places"]
+    (short,) = ask(http, concept="a", k=1, fields=["excerpt"])["hits"]
+    assert (short["text"], short["metadata"], short["places"]) == (full["text"][:200] + "…", {}, [])
+    (bare,) = ask(http, concept="a", k=1, fields=[])["hits"]
+    assert (bare["text"], bare["example_id"]) == ("", full["example_id"])
+
+
+def test_the_same_question_is_searched_once(http: TestClient) -> None:
+    assert [ask(http, concept="a", k=9)["timing"]["cached"] for _ in range(2)] == [False, True]
+    assert not ask(http, index="i@v1", concept="a", k=9)["timing"]["cached"]
+    assert not ask(http, concept="a", k=9, filter={"odd": True})["timing"]["cached"]
+
+
+@pytest.mark.parametrize(("body", "code", "param"), [
+    ({}, "concept_needed", "concept"),
+    ({"concept": "a", "vector": [1.0] * D, "layer": LAYER}, "concept_needed", "vector"),
+    ({"concept": "a", "layer": 2}, "layer_not_used", "layer"),
+    ({"vector": [1.0] * D}, "layer_needed", "layer"),
+    ({"vector": [1.0] * (D + 1), "layer": LAYER}, "vector_of_other_width", "vector"),
+    ({"vector": [0.0] * D, "layer": LAYER}, "bad_vector", "vector"),
+    ({"vector": [1.0] * D, "layer": 3}, "layer_not_indexed", "concept"),
+    ({"vector": [1.0] * D, "layer": LAYER, "pooling": "all_mean"}, "concept_of_other_pooling", "pooling"),
+    ({"concepts": [{"id": "a"}, {"id": "deep"}]}, "concepts_of_different_layer", "concepts[1]"),
+    ({"concepts": [{"id": "a"}, {"id": "pooled"}]}, "concept_of_other_pooling", "concepts[1]"),
+    ({"concepts": [{"id": "a"}, {"id": "a", "weight": -1}]}, "zero_direction", "concepts"),
+    ({"concepts": [{"id": "nobody"}]}, "concept_not_found", "concepts[0]"),
+    ({"concept": "a", "filter": {"nowhere": 1}}, "unknown_filter_field", "filter.nowhere"),
+    ({"concept": "a", "k": 0}, "invalid_request", "k"),
+    ({"concept": "a", "k": 10_001}, "k_too_large", "k"),
+    ({"concept": "a", "fields": ["all"]}, "invalid_request", "fields.0"),
+    ({"concept": "a", "limit": 0}, "invalid_request", "limit"),
+])  # fmt: skip
+def test_what_cannot_be_asked_is_refused_by_name(http: TestClient, body, code: str, param: str) -> None:
+    answer = ask(http, 404 if code.endswith("not_found") else 422, **body)
+    assert (answer["code"], answer["param"]) == (code, param)
+
+
+def test_a_vector_with_nan_is_refused(http: TestClient) -> None:
+    content = '{"index": "i", "layer": 2, "vector": [' + ", ".join(["NaN"] * D) + "]}"
+    response = http.post("/v1/queries", content=content, headers={"content-type": "application/json"})
+    assert response.status_code in {400, 422}, response.text
