@@ -179,6 +179,14 @@ class Client:
             return codec.from_plain(JobRecord, response.json())
         return QueryOut.model_validate_json(response.content)
 
+    def query_each(self, *, index: str, concepts: Sequence[str], **options: Any) -> list[QueryOut | JobRecord]:
+        """One ranking for each concept, searched together; a job where one must end first."""
+        body = {"index": index, "concepts": [{"id": each} for each in concepts], **options}
+        return [
+            QueryOut.model_validate(item) if "hits" in item else codec.from_plain(JobRecord, item)
+            for item in self._call("POST", "/v1/queries/each", json=body)["items"]
+        ]
+
     def ask(
         self, *, index: str, concept: str | None = None, timeout_s: float | None = None, **options: Any
     ) -> QueryOut:

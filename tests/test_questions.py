@@ -152,6 +152,17 @@ def test_a_weighted_sum_scores_the_sum_of_scores(http: TestClient) -> None:
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], np.sort(-total)[:25] * -1, rtol=1e-4)
 
 
+def test_one_ranking_for_each_of_several_concepts(http: TestClient) -> None:
+    wanted = [{"id": "a"}, {"id": "b"}, {"id": "a", "weight": -1}]
+    response = http.post("/v1/queries/each", json={"index": "i", "concepts": wanted, "k": 20})
+    first, second, third = response.json()["items"]
+    assert numbers(first) == numbers(ask(http, concept="a", k=20))
+    assert numbers(second) == numbers(ask(http, concept="b", k=20))
+    assert numbers(third) == numbers(ask(http, concept="a", k=20, order="least"))
+    alone = http.post("/v1/queries/each", json={"index": "i", "concept": "a"})
+    assert (alone.status_code, alone.json()["code"]) == (422, "concepts_needed")
+
+
 def test_pages_fit_together_and_stay_with_their_version(http: TestClient) -> None:
     body = {"concept": "a", "k": 50, "limit": 20, "order": "least"}
     first = ask(http, **body)

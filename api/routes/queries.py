@@ -1,6 +1,7 @@
 """The question that Whence exists for."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -30,6 +31,8 @@ from service.queries import Answer, Hit
 from service.questions import Query, Weighted
 from service.terms import IndexKind, Order
 
+_TOGETHER = 16  # concepts that are searched at the same time
+
 router = APIRouter(prefix="/v1/queries", tags=["queries"])
 
 
@@ -46,10 +49,35 @@ router = APIRouter(prefix="/v1/queries", tags=["queries"])
 )
 def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut | JobRecord:
     """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
-    if body.k > services.settings.max_k:
-        raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
+    _check_k(body, services)
     found = services.queries.run(question(body, body.k), Page(body.limit, body.cursor))
     return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
+
+
+@router.post(
+    "/each",
+    summary="One ranking for each of several concepts",
+    responses=documented(404, 422, 503),
+)
+def each(body: QueryIn, services: ServicesDep) -> Items[QueryOut | JobRecord]:
+    """The ranking of every concept in 'concepts' by itself, in order, searched together in one pass over the rows;
+    where one needs a job first, the job stands in its place. Weights scale the scores.
+    """
+    if body.concepts is None:
+        raise Invalid("concepts_needed", "Name the concepts to be ranked in 'concepts'.", param="concepts")
+    if body.cursor is not None or body.limit is not None:
+        detail = "Pages are of one ranking: ask POST /v1/queries for each concept to page through it."
+        raise Invalid("cursor_not_used", detail, param="cursor" if body.cursor else "limit")
+    _check_k(body, services)
+    wanted = [body.model_copy(update={"concepts": [one]}) for one in body.concepts]
+    with ThreadPoolExecutor(min(len(wanted), _TOGETHER)) as threads:
+        found = list(threads.map(lambda one: services.queries.run(question(one, one.k)), wanted))
+    return Items(
+        items=[
+            answer if isinstance(answer, JobRecord) else _present(one, answer)
+            for one, answer in zip(wanted, found, strict=True)
+        ]
+    )
 
 
 @router.post(
@@ -79,6 +107,11 @@ def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Ite
             for item, one in zip(body.examples, found, strict=True)
         ]
     )
+
+
+def _check_k(body: QueryIn, services: ServicesDep) -> None:
+    if body.k > services.settings.max_k:
+        raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
 
 
 def question(body: QuestionIn, k: int) -> Query:
