@@ -158,6 +158,13 @@ class QuerySetsIn(Request):
     dampings: list[Damping] = Field([1.0], min_length=1, max_length=16)
 
 
+class AliasIn(Request):
+    index: str = Field(
+        description="A published version; a name or another alias stands for what it is now",
+        examples=["november@v7"],
+    )
+
+
 class ConceptIn(Request):
     id: Id
     model: str = Field(description="Id of the model whose activations define the direction")
@@ -184,7 +191,7 @@ class ConceptIn(Request):
 
 
 class QueryIn(Request):
-    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
+    index: str = Field(description="'name@v3', 'name' for its newest version, or an alias", examples=["november"])
     concept: str | None = Field(
         None, description="Id of a concept; left out with influence_function", examples=["hostile"]
     )
@@ -208,7 +215,7 @@ class QueryIn(Request):
 class TokenQueryIn(Request):
     """A query about single tokens of some examples."""
 
-    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
+    index: str = Field(description="'name@v3', 'name' for its newest version, or an alias", examples=["november"])
     examples: list[str] = Field(min_length=1, max_length=100, description="Example ids, as hits name them")
     concept: str | None = Field(None, description="Id of a concept; left out with influence_function")
     method: Method = Method.VECTOR_FILTER
