@@ -5,7 +5,8 @@ import re
 from service.aliases import Condition
 from service.errors import Invalid
 
-_TAG = re.compile(r'\s*(W/)?"([^"]*)"\s*')
+_TAG = re.compile(r'(W/)?"([^"]*)"')
+_TAGS = re.compile(rf"[ \t]*{_TAG.pattern}[ \t]*(,[ \t]*{_TAG.pattern}[ \t]*)*")
 
 
 def condition(if_match: str | None, if_none_match: str | None) -> Condition:
@@ -23,13 +24,8 @@ def condition(if_match: str | None, if_none_match: str | None) -> Condition:
 
 def _revisions(tags: str) -> tuple[int, ...]:
     """Those among the entity tags that can be a revision: a weak tag never fits, nor does any other text."""
-    found = []
-    for each in tags.split(","):
-        tag = _TAG.fullmatch(each)
-        if tag is None:
-            detail = f'If-Match takes the ETag of an alias in its quotes, as "3", or *; not {tags[:140]}'
-            raise Invalid("bad_etag", detail, param="If-Match")
-        weak, text = tag.groups()
-        if not weak and re.fullmatch("[1-9][0-9]{0,17}", text):
-            found.append(int(text))
-    return tuple(found)
+    if not _TAGS.fullmatch(tags):
+        detail = f'If-Match takes the ETag of an alias in its quotes, as "3", or *; not {tags[:140]!r}.'
+        raise Invalid("bad_etag", detail, param="If-Match")
+    named = (text for weak, text in _TAG.findall(tags) if not weak)
+    return tuple(int(text) for text in named if re.fullmatch("[1-9][0-9]{0,17}", text))

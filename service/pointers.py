@@ -171,12 +171,12 @@ class Pointers:
                 self._redis.hset(keys.ALIASES, record.name, "")
         return True
 
-    def refresh(self, name: str, *, wait_s: float) -> AliasRecord | None:
+    def refresh(self, name: str) -> AliasRecord | None:
         """Copy the alias from storage to Redis and return it. Where it is being changed, or cannot be read (raises
         Damaged), Redis is only told to send readers to storage.
         """
         try:
-            with self.held(name, wait_s=wait_s) as token:
+            with self.held(name, wait_s=0) as token:
                 return self._copy(token, name)[1]
         except Unavailable:
             self._redis.hsetnx(keys.ALIASES, name, "")

@@ -33,7 +33,6 @@ _VERSION = re.compile(r"(?P<name>[^@]+)@v(?P<version>[1-9][0-9]*)")
 _KEPT = 4096  # records in this process
 _READERS = 8  # threads that read records from storage, which may be far away
 _TRIES = 3  # of a rebuild that a flush of Redis cuts short
-_BUSY_S = 1.0  # a rebuild waits for an alias that is being switched, then leaves it to the one who switches it
 
 # Everything is there: said only if Redis was not flushed since the rebuild began.
 _FILLED = """
@@ -161,7 +160,7 @@ class Registry:
         newest = self._newest_stored(name)
         if newest is not None:
             self.pointers.raise_newest(name, newest, make=True)
-        alias = self.pointers.stored(name) and self.pointers.refresh(name, wait_s=0)
+        alias = self.pointers.stored(name) and self.pointers.refresh(name)
         return Pointed(alias, newest, found.filled)
 
     def aliases(self) -> list[AliasRecord]:
@@ -230,7 +229,7 @@ class Registry:
         living = 0
         for name in filter(_ID.fullmatch, self.pointers.known_names()):
             try:
-                living += self.pointers.refresh(name, wait_s=_BUSY_S) is not None
+                living += self.pointers.refresh(name) is not None
             except Damaged as error:
                 log.error("left out: %s", error)
                 damaged.append(f"aliases/{name}")
