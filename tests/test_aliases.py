@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -226,6 +226,23 @@ def test_of_an_alias_and_an_index_that_want_a_name_at_once_one_gets_it(world: Wo
                 attempt, lambda name=name: indexes.next_version(other.redis, other.registry, name), start
             )
             assert one.result() != two.result()
+
+
+def test_a_build_that_wants_the_name_of_an_alias_that_is_being_made_waits_and_is_refused(
+    redis_server: EmbeddedRedis, world: World, other: World
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked: list[Future[int]] = []
+
+        def ask() -> None:
+            asked.append(pool.submit(indexes.next_version, other.redis, other.registry, "prod"))
+            assert not wait(asked, timeout=0.3).done
+
+        maker = World(redis_server.url, Halting(world.storage.root, "before writing", ask))
+        maker.switch("prod", "a@v1")
+        with pytest.raises(Conflict, match="of a@v1"):
+            asked[0].result()
+        maker.redis.close()
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -148,6 +148,10 @@ def test_a_folder_without_a_record_is_no_version_yet(registry: Registry, redis: 
         with pytest.raises(NotFound):
             of(registry, "b")
         redis.flushall()
+    registry.rebuild()
+    redis.delete(keys.NEWEST)
+    assert of(registry, "a") == "a@v1"
+    assert redis.hgetall(keys.NEWEST) == {"a": "1"}
 
 
 def test_a_newest_version_that_cannot_be_read_is_damage_and_not_an_older_answer(
