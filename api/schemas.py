@@ -191,7 +191,7 @@ class ConceptIn(Request):
 
 
 class QueryIn(Request):
-    index: str = Field(description="'name@v3', 'name' for its newest version, or an alias", examples=["november"])
+    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
     concept: str | None = Field(
         None, description="Id of a concept; left out with influence_function", examples=["hostile"]
     )
@@ -215,7 +215,7 @@ class QueryIn(Request):
 class TokenQueryIn(Request):
     """A query about single tokens of some examples."""
 
-    index: str = Field(description="'name@v3', 'name' for its newest version, or an alias", examples=["november"])
+    index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
     examples: list[str] = Field(min_length=1, max_length=100, description="Example ids, as hits name them")
     concept: str | None = Field(None, description="Id of a concept; left out with influence_function")
     method: Method = Method.VECTOR_FILTER
