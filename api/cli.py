@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from api.cli_aliases import aliases_app, registry_app
 from api.cli_indexes import indexes_app
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
@@ -46,8 +47,10 @@ for _name, _sub in (
     ("models", models_app),
     ("datasets", datasets_app),
     ("indexes", indexes_app),
+    ("aliases", aliases_app),
     ("concepts", concepts_app),
     ("jobs", jobs_app),
+    ("registry", registry_app),
 ):
     app.add_typer(_sub, name=_name)
 
@@ -276,7 +279,7 @@ def cancel_job(
 
 @app.command()
 def query(
-    index: Annotated[str, typer.Option(help="name, or name@v3 for one version.")],
+    index: Annotated[str, typer.Option(help="name, name@v3 for one version, or an alias.")],
     concept: Annotated[
         str | None, typer.Option(help="Id of a concept; influence_function asks about the loss and takes none.")
     ] = None,

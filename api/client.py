@@ -17,7 +17,16 @@ import httpx
 
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from service import codec
-from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, JobEvent, JobRecord, ModelRecord
+from service.contracts import (
+    AliasRecord,
+    ConceptRecord,
+    DatasetRecord,
+    IndexRecord,
+    JobEvent,
+    JobRecord,
+    ModelRecord,
+    Rebuilt,
+)
 from service.terms import TERMINAL, JobState
 
 T = TypeVar("T")
@@ -210,6 +219,37 @@ class Client:
             return codec.from_plain(JobRecord, response.json())
         return [TokenSharesOut.model_validate(item) for item in response.json()["items"]]
 
+    # --- aliases, registry --------------------------------------------------------------------------
+
+    def aliases(self) -> list[AliasRecord]:
+        return self._items("/v1/aliases", AliasRecord)
+
+    def alias(self, name: str) -> AliasRecord:
+        return codec.from_plain(AliasRecord, self._call("GET", f"/v1/aliases/{name}"))
+
+    def set_alias(
+        self, name: str, index: str, *, if_revision: int | None = None, force: bool = False
+    ) -> AliasRecord:
+        """Point an alias at a version. One that is there already is switched only from revision ``if_revision``,
+        or whatever it is with ``force``; otherwise WhenceError with status 412 or 428 says what it is.
+        """
+        path, body = f"/v1/aliases/{name}", {"index": index}
+        try:
+            found = self._call("PUT", path, json=body, headers=_if_match(if_revision))
+        except WhenceError as error:
+            if not force or error.status != httpx.codes.PRECONDITION_REQUIRED:
+                raise
+            found = self._call("PUT", path, json=body, headers={"If-Match": "*"})
+        return codec.from_plain(AliasRecord, found)
+
+    def remove_alias(self, name: str, *, if_revision: int | None = None, force: bool = False) -> None:
+        """Take an alias away, from revision ``if_revision`` or with ``force``; the version it points at stays."""
+        self._send("DELETE", f"/v1/aliases/{name}", headers={"If-Match": "*"} if force else _if_match(if_revision))
+
+    def rebuild_registry(self) -> Rebuilt:
+        """Fill Redis again from storage; how much there is of everything, and what is damaged."""
+        return codec.from_plain(Rebuilt, self._call("POST", "/v1/registry:rebuild", timeout=_SLOW))
+
     # --- jobs ---------------------------------------------------------------------------------------
 
     def jobs(self, limit: int = 50) -> list[JobRecord]:
@@ -289,3 +329,7 @@ class Client:
                 }
             raise WhenceError(response.status_code, problem)
         return response
+
+
+def _if_match(revision: int | None) -> dict[str, str]:
+    return {} if revision is None else {"If-Match": f'"{revision}"'}

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 
 from api import problems
 from api.dependencies import Services
-from api.routes import concepts, datasets, health, indexes, jobs, models, queries
+from api.routes import aliases, concepts, datasets, health, indexes, jobs, models, queries
+from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
 from service.errors import DomainError, Unavailable
@@ -55,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         queries=QueryService(registry, storage, work, loader, shard_size=settings.shard_size),
     )
     problems.install(app)
-    for module in (models, datasets, indexes, concepts, queries, jobs, health):
+    for module in (models, datasets, indexes, aliases, concepts, queries, jobs, registry_routes, health):
         app.include_router(module.router)
     return app
 

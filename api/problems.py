@@ -22,6 +22,8 @@ MEDIA_TYPE = "application/problem+json"
 _STATUS: dict[type[errors.DomainError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.PreconditionFailed: 412,
+    errors.PreconditionRequired: 428,
     errors.Invalid: 422,
     errors.Forbidden: 403,
     errors.TooLarge: 413,

@@ -158,6 +158,13 @@ class QuerySetsIn(Request):
     dampings: list[Damping] = Field([1.0], min_length=1, max_length=16)
 
 
+class AliasIn(Request):
+    index: str = Field(
+        description="A published version; a name or another alias stands for what it is now",
+        examples=["november@v7"],
+    )
+
+
 class ConceptIn(Request):
     id: Id
     model: str = Field(description="Id of the model whose activations define the direction")

@@ -213,6 +213,37 @@ class IndexRecord:
         return (self.dataset, *(part.dataset for part in self.appended))
 
 
+@dataclass(frozen=True)
+class AliasRecord:
+    """A name that can be pointed at another index version; its ETag is ``revision``, raised at every switch.
+
+    Without an ``index`` it was removed: what is left keeps the count, so that no old ETag fits an alias made anew.
+    """
+
+    name: str
+    index: str  # id of a published version
+    revision: int
+    updated_at: str
+    previous: str | None = None  # what it pointed at before
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What storage holds and Redis has been told of; ``damaged`` names what cannot be read, as ``models/bot``."""
+
+    models: int
+    datasets: int
+    concepts: int
+    indexes: int
+    newest: int  # names of indexes, each with its newest version
+    aliases: int
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> int:
+        return self.models + self.datasets + self.concepts + self.indexes
+
+
 # --- examples ---------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,14 @@ class Conflict(DomainError):
     """The name is taken by something else, or the state does not allow the change."""
 
 
+class PreconditionRequired(DomainError):
+    """Something shared would change: the caller must say which state of it he has seen."""
+
+
+class PreconditionFailed(DomainError):
+    """What the caller has seen is not what is there now; nothing was changed."""
+
+
 class Invalid(DomainError):
     """The input can never be accepted as it is."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from redis import Redis
 
-from service import codec, datasets, keys, shards
+from service import aliases, codec, datasets, keys, shards
 from service.contracts import IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
@@ -28,11 +28,13 @@ return number
 
 
 def next_version(redis: Redis, registry: Registry, name: str) -> int:
-    """A version number nobody else gets, above all that are published."""
-    parts = (item_id.rpartition("@v") for item_id in registry.stored_ids(INDEXES))
-    published = max((int(number) for stem, _, number in parts if stem == name and number.isdigit()), default=0)
-    number: Any = redis.eval(_NEXT, 1, keys.index_versions(name), str(published))
-    return int(number)
+    """A version number nobody else gets, above all that are published. Raises Conflict for the name of an alias."""
+    with registry.pointers.held(name):  # from now on no alias can take it
+        aliases.check_not_alias(registry, name)
+        parts = (item_id.rpartition("@v") for item_id in registry.stored_ids(INDEXES))
+        published = max((int(number) for stem, _, number in parts if stem == name and number.isdigit()), default=0)
+        number: Any = redis.eval(_NEXT, 1, keys.index_versions(name), str(published))
+        return int(number)
 
 
 def versions(registry: Registry, name: str) -> list[IndexRecord]:
@@ -41,16 +43,21 @@ def versions(registry: Registry, name: str) -> list[IndexRecord]:
 
 
 def resolve(registry: Registry, reference: str) -> IndexRecord:
-    """``name`` → its newest version, ``name@v3`` → that one. Raises NotFound."""
+    """``name`` → its newest version, an alias → what it points at now, ``name@v3`` → that one. Raises NotFound.
+
+    One round trip to Redis for a name or an alias, none for a version that was asked for before.
+    """
     if "@" in reference:
         return registry.get(INDEXES, reference, param="index")
-    found = versions(registry, reference)
-    if not found:
-        names = ", ".join(sorted({record.name for record in registry.all(INDEXES)})[:10]) or "none yet"
-        raise NotFound(
-            "index_not_found", f"There is no published index {reference!r}. Known: {names}.", param="index"
-        )
-    return found[-1]
+    found = registry.pointed(reference)
+    if found.alias is not None:
+        return registry.get(INDEXES, found.alias.index, param="index")
+    if found.newest is not None:
+        return registry.get(INDEXES, f"{reference}@v{found.newest}", param="index")
+    known = ", ".join(registry.pointers.names()[:10]) or "none yet"
+    raise NotFound(
+        "index_not_found", f"There is no published index or alias {reference!r}. Known: {known}.", param="index"
+    )
 
 
 def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:

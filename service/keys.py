@@ -41,6 +41,22 @@ def records(collection: str) -> str:
 REGISTRY_FILLED = PREFIX + "registry:filled"
 
 
+def registry_filling(token: str) -> str:
+    """String: a rebuild that has begun. A flush meanwhile takes it away, and then the rebuild begins again."""
+    return f"{PREFIX}registry:filling:{token}"
+
+
+# Longer than reading every record of a large storage takes.
+FILLING_TTL_S = 3600
+
+# Hash name → newest published version of the index, only ever raised. No TTL: a copy of storage.
+NEWEST = PREFIX + "newest"
+
+# Hash name → AliasRecord (JSON), or nothing where storage must be asked: the alias is being switched, or cannot be
+# read. No TTL: a copy of storage.
+ALIASES = PREFIX + "aliases"
+
+
 def index_versions(name: str) -> str:
     """Counter of versions handed out for an index name. No TTL; restarts above what storage holds."""
     return f"{PREFIX}index:{name}:versions"

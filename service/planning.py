@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from redis import Redis
 
-from service import indexes
+from service import aliases, indexes
 from service.contracts import Checkpoint, ModelRecord, Point
 from service.errors import Conflict, Invalid
 from service.models import end_point, end_tokens
@@ -101,6 +101,7 @@ def _plan(
     request: IndexRequest, registry: Registry, settings: Settings, version: Callable[[], int]
 ) -> BuildIndexSpec:
     check_id(request.name, param="name")
+    aliases.check_not_alias(registry, request.name)
     model = registry.get(MODELS, request.model, param="model")
     dataset = registry.get(DATASETS, request.dataset, param="dataset")
     if not dataset.examples:

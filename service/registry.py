@@ -1,19 +1,25 @@
 """Models, datasets, concepts and indexes by id: published to storage first, then copied to Redis.
 
 Storage is the truth. Redis answers lists and look-ups quickly; when it has forgotten something
-(flushed, replaced), ``get`` falls back to storage and ``rebuild`` restores everything.
+(flushed, replaced), ``get`` falls back to storage and ``rebuild`` restores everything. Records never change, so
+those that were asked for once are kept in this process; what a name stands for is asked afresh every time.
 """
 
 import logging
 import re
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
 
 from service import codec, keys
-from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
-from service.errors import Conflict, Damaged, Invalid, NotFound
+from service.contracts import AliasRecord, ConceptRecord, DatasetRecord, IndexRecord, ModelRecord, Rebuilt
+from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
+from service.pointers import Pointed, Pointers
 from service.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -22,6 +28,18 @@ T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,140}")  # an index version is name@v3
+_VERSION = re.compile(r"(?P<name>[^@]+)@v(?P<version>[1-9][0-9]*)")
+
+_KEPT = 4096  # records in this process
+_READERS = 8  # threads that read records from storage, which may be far away
+_TRIES = 3  # of a rebuild that a flush of Redis cuts short
+
+# Everything is there: said only if Redis was not flushed since the rebuild began.
+_FILLED = """
+if redis.call('DEL', KEYS[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], 1)
+return 1
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,11 @@ class Registry:
     def __init__(self, redis: Redis, storage: Storage) -> None:
         self._redis = redis
         self._storage = storage
+        self.pointers = Pointers(redis, storage)
+        self._mark_filled = redis.register_script(_FILLED)
+        self._kept: dict[tuple[str, str], Any] = {}
+        self._keeping = threading.Lock()
+        self._filling = threading.Lock()
 
     def add(self, collection: Collection[T], item_id: str, record: T) -> None:
         """Publish a new record. Raises Conflict when the id is taken; records are never replaced."""
@@ -69,26 +92,24 @@ class Registry:
                     param="id",
                 )
             self._storage.write(_key(collection, item_id), codec.encode(record).encode())
-            self._redis.hset(keys.records(collection.name), item_id, codec.encode(record))
+            self._tell(collection, item_id, codec.encode(record), make=True)
 
     def find(self, collection: Collection[T], item_id: str) -> T | None:
         """The record of ``item_id``, or None. Raises Damaged when storage holds something unreadable."""
         if not _RECORD_ID.fullmatch(item_id):
             return None
+        if (kept := self._kept.get((collection.name, item_id))) is not None:
+            return kept
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
-        if cached is not None and (known := _decode(collection, cached)) is not None:
-            return known
-        try:
-            stored = self._storage.read(_key(collection, item_id))
-        except (NotFound, Invalid):
-            return None
-        try:
-            record = codec.decode(collection.record, stored)
-        except ValueError as error:
-            raise Damaged(
-                "damaged_record", f"{_key(collection, item_id)} cannot be read: {error}", param=item_id
-            ) from error
-        self._redis.hset(keys.records(collection.name), item_id, stored)
+        record = _decode(collection, cached) if cached is not None else None
+        if record is None and (stored := self._stored(collection, item_id)) is not None:
+            record, text = stored
+            self._tell(collection, item_id, text, make=False)
+        if record is not None:
+            with self._keeping:
+                self._kept[collection.name, item_id] = record
+                while len(self._kept) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
         return record
 
     def get(self, collection: Collection[T], item_id: str, *, param: str | None = None) -> T:
@@ -111,7 +132,7 @@ class Registry:
         pipe.hgetall(keys.records(collection.name))
         filled, raw = pipe.execute()
         if not filled:
-            self.rebuild()
+            self._fill()
             raw = self._redis.hgetall(keys.records(collection.name))
         raw = cast("dict[str, str]", raw)
         decoded = (_decode(collection, raw[item_id]) for item_id in sorted(raw))
@@ -121,17 +142,135 @@ class Registry:
         """Ids that storage holds, whatever Redis knows."""
         return self._storage.folders(collection.name)
 
-    def rebuild(self) -> int:
-        """Copy every record that storage holds into Redis; returns how many. Damaged ones are logged."""
-        restored = 0
+    # --- names that move ----------------------------------------------------------------------------
+
+    def pointed(self, name: str) -> Pointed:
+        """What ``name`` stands for now: an alias, an index with its newest version, or nothing.
+
+        One round trip to Redis; what that does not know is looked for in storage. Raises Damaged.
+        """
+        if not _ID.fullmatch(name):
+            return Pointed(None, None, filled=True)
+        found = self.pointers.read(name)
+        if not found.filled:
+            self._fill()
+            found = self.pointers.read(name)
+        if found.filled and (found.alias or found.newest):  # else it does not know, or was flushed once more
+            return found
+        newest = self._newest_stored(name)
+        if newest is not None:
+            self.pointers.raise_newest(name, newest, make=True)
+        alias = self.pointers.stored(name) and self.pointers.refresh(name)
+        return Pointed(alias, newest, found.filled)
+
+    def aliases(self) -> list[AliasRecord]:
+        """Every alias, by name."""
+        found, filled = self.pointers.aliases()
+        if not filled:
+            self._fill()
+            found, _ = self.pointers.aliases()
+        return found
+
+    def _newest_stored(self, name: str) -> int | None:
+        """The newest published version of ``name`` as storage has it, readable or not."""
+        versions = (version for stem, version in map(_version, self.stored_ids(INDEXES)) if stem == name)
+        published = (
+            version
+            for version in sorted(versions, reverse=True)
+            if self._storage.exists(_key(INDEXES, f"{name}@v{version}"))
+        )
+        return next(published, None)
+
+    # --- filling Redis ------------------------------------------------------------------------------
+
+    def rebuild(self) -> Rebuilt:
+        """Copy all that storage holds into Redis, and say what that is; what cannot be read is left out and named.
+
+        Raises Unavailable when Redis forgets faster than it is told.
+        """
+        for _ in range(_TRIES):
+            token = keys.registry_filling(secrets.token_hex(8))
+            self._redis.set(token, 1, ex=keys.FILLING_TTL_S)
+            done = self._copy_everything()
+            if self._mark_filled(keys=[token, keys.REGISTRY_FILLED]):
+                return done
+        raise Unavailable("registry_flushed", "Redis is flushed again and again while it is filled. Try again.")
+
+    def _fill(self) -> None:
+        """Rebuild a Redis that has forgotten; of many who notice at once, one does it."""
+        with self._filling:
+            if not self._redis.exists(keys.REGISTRY_FILLED):
+                self.rebuild()
+
+    def _copy_everything(self) -> Rebuilt:
+        with self._keeping:
+            self._kept.clear()
+        counts: dict[str, int] = {}
+        damaged: list[str] = []
+        newest: dict[str, int] = {}
         for collection in ALL:
-            for item_id in self.stored_ids(collection):
-                try:
-                    restored += self.find(collection, item_id) is not None
-                except Damaged as error:
-                    log.error("left out: %s", error)
-        self._redis.set(keys.REGISTRY_FILLED, 1)
-        return restored
+            found = 0
+            pipe = self._redis.pipeline(transaction=False)
+            for item_id, text in self._read_all(collection):
+                if text is None:
+                    damaged.append(f"{collection.name}/{item_id}")
+                else:
+                    found += 1
+                    pipe.hset(keys.records(collection.name), item_id, text)
+                name, version = _version(item_id) if collection is INDEXES else ("", 0)
+                if version:  # an unreadable one too: its name must not fall back to an older version
+                    newest[name] = max(version, newest.get(name, 0))
+            pipe.execute()
+            counts[collection.name] = found
+        pipe = self._redis.pipeline(transaction=False)
+        for name, version in newest.items():
+            self.pointers.raise_newest(name, version, make=True, pipe=pipe)
+        pipe.execute()
+        living = 0
+        for name in filter(_ID.fullmatch, self.pointers.known_names()):
+            try:
+                living += self.pointers.refresh(name) is not None
+            except Damaged as error:
+                log.error("left out: %s", error)
+                damaged.append(f"aliases/{name}")
+        return Rebuilt(**counts, newest=len(newest), aliases=living, damaged=tuple(damaged))
+
+    def _read_all(self, collection: Collection[Any]) -> Iterator[tuple[str, bytes | None]]:
+        """Id and text of every record in storage; None for the text of one that cannot be read."""
+
+        def read(item_id: str) -> tuple[str, bytes | None] | None:
+            try:
+                stored = self._stored(collection, item_id) if _RECORD_ID.fullmatch(item_id) else None
+            except Damaged as error:
+                log.error("left out: %s", error)
+                return item_id, None
+            return None if stored is None else (item_id, stored[1])
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            yield from (item for item in pool.map(read, self.stored_ids(collection)) if item is not None)
+
+    def _stored(self, collection: Collection[T], item_id: str) -> tuple[T, bytes] | None:
+        """A record as storage has it, with its text. Raises Damaged."""
+        key = _key(collection, item_id)
+        try:
+            text = self._storage.read(key)
+        except (NotFound, Invalid):
+            return None
+        try:
+            return codec.decode(collection.record, text), text
+        except ValueError as error:
+            raise Damaged("damaged_record", f"{key} cannot be read: {error}", param=item_id) from error
+
+    def _tell(self, collection: Collection[Any], item_id: str, text: str | bytes, *, make: bool) -> None:
+        """Copy a record to Redis, together with what follows from it for the newest version of its name."""
+        name, version = _version(item_id) if collection is INDEXES else ("", 0)
+        if version and make and not self.pointers.knows_newest(name):
+            version = max(version, self._newest_stored(name) or 0)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hset(keys.records(collection.name), item_id, text)
+        if version:
+            self.pointers.raise_newest(name, version, make=make, pipe=pipe)
+        pipe.execute()
 
 
 def _decode(collection: Collection[T], cached: str) -> T | None:
@@ -145,3 +284,9 @@ def _decode(collection: Collection[T], cached: str) -> T | None:
 
 def _key(collection: Collection[Any], item_id: str) -> str:
     return f"{collection.name}/{item_id}/record.json"
+
+
+def _version(item_id: str) -> tuple[str, int]:
+    """Name and version of an index; version 0 for what is none."""
+    found = _VERSION.fullmatch(item_id)
+    return (found["name"], int(found["version"])) if found else (item_id, 0)

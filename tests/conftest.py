@@ -1,20 +1,23 @@
 """Fixtures on real parts: a Redis server, storage in a folder, a tiny model, the whole stack as processes."""
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-from redis import Redis
+from redis import ConnectionPool, Redis, UnixDomainSocketConnection
 
 from api.client import Client
 from api.up import Stack, free_port
 from service.jobs import Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
+from service.settings import Settings
 from service.storage import Storage
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -77,3 +80,54 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def client(stack: Stack) -> Iterator[Client]:
     with Client(stack.url) as connected:
         yield connected
+
+
+@pytest.fixture
+def server(
+    redis_server: EmbeddedRedis, redis: Redis, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The address of an api in this process, on the Redis and the storage of the test; no dispatcher."""
+    import uvicorn
+
+    from api.main import create_app
+
+    monkeypatch.setenv("WHENCE_REDIS_URL", redis_server.url)
+    port = free_port()
+    app = create_app(Settings(storage_url=storage.root))
+    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", ws="none"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        assert thread.is_alive()
+        thread.join(0.01)
+    yield f"http://127.0.0.1:{port}"
+    running.should_exit = True
+    thread.join()
+    app.state.services.redis.close()
+
+
+class Counted(UnixDomainSocketConnection):
+    """Counts what is sent: a pipeline is one."""
+
+    sent = 0
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        Counted.sent += 1
+        super().send_packed_command(command, check_health)
+
+
+@pytest.fixture
+def counted(redis_server: EmbeddedRedis, redis: Redis, storage: Storage) -> Iterator[Registry]:
+    """A registry whose round trips to Redis are counted."""
+    pool = ConnectionPool(connection_class=Counted, path=str(redis_server.socket), decode_responses=True)
+    client = Redis(connection_pool=pool)
+    client.ping()
+    yield Registry(client, storage)
+    client.close()
+    pool.disconnect()
+
+
+def trips(act: Callable[[], object]) -> int:
+    before = Counted.sent
+    act()
+    return Counted.sent - before

@@ -118,9 +118,9 @@ def test_rebuild_restores_everything_that_redis_forgot(registry: Registry, redis
     registry.add(CONCEPTS, "c", concept("c"))
     before = everything()
     redis.flushall()
-    assert registry.rebuild() == 5
+    assert registry.rebuild().records == 5
     assert everything() == before
-    assert registry.rebuild() == 5
+    assert registry.rebuild().records == 5
     assert everything() == before
 
 
@@ -135,10 +135,10 @@ def test_a_list_is_whole_even_when_redis_forgot_and_learned_some_again(registry:
 
 def test_a_folder_without_a_record_is_nothing_yet(registry: Registry, storage: Storage) -> None:
     storage.write("datasets/half/examples.parquet", b"published, but never registered")
-    assert registry.rebuild() == 0
+    assert registry.rebuild().records == 0
     assert registry.find(DATASETS, "half") is None
     registry.add(DATASETS, "half", dataset("half"))
-    assert registry.rebuild() == 1
+    assert registry.rebuild().records == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"{oops", b"{}", b"[]", b"\xff"])
@@ -149,7 +149,7 @@ def test_a_damaged_record_in_storage_does_not_hide_the_others(
         registry.add(MODELS, name, model(name))
     storage.write("models/b/record.json", data)
     redis.flushall()
-    assert registry.rebuild() == 2
+    assert registry.rebuild().records == 2
     assert [record.id for record in registry.all(MODELS)] == ["a", "c"]
     with pytest.raises(Damaged):
         registry.get(MODELS, "b")
@@ -198,7 +198,7 @@ def test_nothing_is_written_outside_the_storage(
     with pytest.raises(Invalid):
         registry.add(MODELS, bad, model(bad))
     assert [path.name for path in tmp_path.iterdir()] == ["storage"]
-    assert registry.rebuild() == 0
+    assert registry.rebuild().records == 0
 
 
 def test_an_index_record_keeps_its_version_in_its_id(registry: Registry) -> None:

@@ -17,7 +17,7 @@ from service.terms import JobKind
 router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
 
 
-@router.post("", status_code=202, summary="Build an index", responses=documented(404, 422))
+@router.post("", status_code=202, summary="Build an index", responses=documented(404, 409, 422))
 def build_index(body: IndexIn, services: ServicesDep, response: Response) -> JobRecord:
     """Queue the build of a new version; follow it at the Location that is answered."""
     request = codec.from_plain(IndexRequest, body.model_dump())
@@ -56,7 +56,7 @@ def list_indexes(services: ServicesDep) -> Items[IndexRecord]:
 
 @router.get("/{reference}", summary="One index", responses=documented(404))
 def get_index(reference: str, services: ServicesDep) -> IndexRecord:
-    """``name`` answers the newest version, ``name@v3`` that one."""
+    """``name`` answers the newest version, ``name@v3`` that one, an alias the one that it points at."""
     return indexes.resolve(services.registry, reference)
 
 

@@ -1,0 +1,236 @@
+"""Aliases and the registry over real HTTP, in the typed client and on the command line."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from redis import Redis
+from typer.testing import CliRunner
+
+from api import cli, etags
+from api.client import Client, WhenceError
+from service import codec
+from service.aliases import Condition
+from service.contracts import AliasRecord
+from service.errors import Invalid
+from service.registry import Registry
+from service.storage import Storage
+from tests import shelf
+
+PROD = "/v1/aliases/prod"
+
+
+@pytest.fixture
+def url(server: str, redis: Redis, storage: Storage) -> str:
+    """A server with three versions of `a` and one of `b`."""
+    shelf.furnish(Registry(redis, storage), storage)
+    shelf.add(Registry(redis, storage), "a@v1", "a@v2", "a@v3", "b@v1")
+    return server
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.fixture
+def whence(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def put(http: httpx.Client, index: str, **headers: str) -> httpx.Response:
+    return http.put(PROD, json={"index": index}, headers={name.replace("_", "-"): v for name, v in headers.items()})
+
+
+def test_the_life_of_an_alias_in_status_codes_and_etags(http: httpx.Client) -> None:
+    assert http.get(PROD).status_code == 404
+    made = put(http, "a@v1", If_None_Match="*")
+    assert (made.status_code, made.headers["etag"]) == (201, '"1"')
+    assert made.json() | {"updated_at": ""} == {
+        "name": "prod",
+        "index": "a@v1",
+        "revision": 1,
+        "updated_at": "",
+        "previous": None,
+    }
+    switched = put(http, "a", If_Match=made.headers["etag"])
+    assert (switched.status_code, switched.headers["etag"]) == (200, '"2"')
+    assert (switched.json()["index"], switched.json()["previous"]) == ("a@v3", "a@v1")
+    read = http.get(PROD)
+    assert (read.status_code, read.headers["etag"], read.json()) == (200, '"2"', switched.json())
+    assert http.get("/v1/aliases").json() == {"items": [read.json()]}
+    assert http.get("/v1/indexes/prod").json()["version"] == 3
+    gone = http.delete(PROD, headers={"If-Match": '"2"'})
+    assert (gone.status_code, gone.content) == (204, b"")
+    assert http.get(PROD).status_code == http.get("/v1/indexes/prod").status_code == 404
+    assert http.get("/v1/indexes/a").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({}, 428, "precondition_required"),
+        ({"If_Match": '"2"'}, 412, "alias_changed"),
+        ({"If_Match": 'W/"1"'}, 412, "alias_changed"),
+        ({"If_Match": '"one", "3"'}, 412, "alias_changed"),
+        ({"If_None_Match": "*"}, 412, "alias_exists"),
+        ({"If_Match": "1"}, 422, "bad_etag"),
+        ({"If_Match": ""}, 422, "bad_etag"),
+        ({"If_None_Match": '"1"'}, 422, "bad_etag"),
+    ],
+)
+def test_a_change_that_nobody_vouches_for_is_a_problem_that_says_what_is_there(
+    http: httpx.Client, headers: dict[str, str], status: int, code: str
+) -> None:
+    put(http, "a@v1")
+    answers = [put(http, "a@v2", **headers)]
+    if "If_None_Match" not in headers:
+        answers.append(http.delete(PROD, headers={name.replace("_", "-"): v for name, v in headers.items()}))
+    for answer in answers:
+        problem = answer.json()
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
+        if status != 422:
+            assert (problem["etag"], problem["index"], problem["revision"]) == ('"1"', "a@v1", 1)
+            assert "a@v1" in problem["detail"]
+        if status == 428:
+            assert 'If-Match: "1"' in problem["detail"]
+    assert http.get(PROD).json()["index"] == "a@v1"
+
+
+@pytest.mark.parametrize("tags", ['"1"', '"7", "1"', '"a, b","1"', "*", 'W/"1","1"'])
+def test_a_condition_that_holds(http: httpx.Client, tags: str) -> None:
+    put(http, "a@v1")
+    assert put(http, "a@v2", If_Match=tags).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("tags", "revisions"),
+    [('"1"', (1,)), (' "1" ,"20" ', (1, 20)), ('W/"1", "2"', (2,)), ('"a, b"', ()), ('"01"', ()), ('""', ())],
+)
+def test_which_revisions_a_header_names(tags: str, revisions: tuple[int, ...]) -> None:
+    assert etags.condition(tags, None) == Condition(revisions=revisions)
+
+
+@pytest.mark.parametrize("tags", ["", "1", '"1', '"1" "2"', '"1",', "w/1", '*, "1"', '"1"\n"2"'])
+def test_what_is_no_list_of_tags_is_refused(tags: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        etags.condition(tags, None)
+    assert (refused.value.code, refused.value.param) == ("bad_etag", "If-Match")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param"),
+    [
+        (PROD, {"index": "a@v9"}, 404, "index_not_found", "index"),
+        (PROD, {"index": "nothing"}, 404, "index_not_found", "index"),
+        (PROD, {"index": ""}, 404, "index_not_found", "index"),
+        (PROD, {}, 422, "invalid_request", "index"),
+        (PROD, {"index": "a", "force": True}, 422, "invalid_request", "force"),
+        ("/v1/aliases/a", {"index": "a@v1"}, 409, "name_is_index", "name"),
+        ("/v1/aliases/a@v1", {"index": "a@v1"}, 422, "bad_id", "name"),
+        ("/v1/aliases/%2e%2e", {"index": "a@v1"}, 422, "bad_id", "name"),
+        ("/v1/aliases/" + "x" * 129, {"index": "a@v1"}, 422, "bad_id", "name"),
+    ],
+)
+def test_bad_input_is_refused_with_the_field(
+    http: httpx.Client, path: str, body: dict, status: int, code: str, param: str
+) -> None:
+    answer = http.put(path, json=body)
+    problem = answer.json()
+    assert (answer.status_code, problem["code"], problem["param"]) == (status, code, param)
+    assert http.get("/v1/aliases").json() == {"items": []}
+
+
+@pytest.mark.parametrize("call", ["/v1/indexes", "/v1/indexes:estimate"])
+def test_a_build_may_not_take_the_name_of_an_alias(http: httpx.Client, call: str) -> None:
+    put(http, "a@v1")
+    problem = http.post(call, json={"name": "prod", "model": "m", "dataset": "d"}).json()
+    assert (problem["status"], problem["code"], problem["param"]) == (409, "name_is_alias", "name")
+    assert http.post(call, json={"name": "free", "model": "m", "dataset": "d"}).status_code == 202
+
+
+def test_the_client_makes_switches_and_removes(whence: Client) -> None:
+    made = whence.set_alias("prod", "a@v1")
+    assert whence.alias("prod") == made
+    with pytest.raises(WhenceError) as refused:
+        whence.set_alias("prod", "a@v2")
+    assert (refused.value.status, refused.value.problem["revision"]) == (428, 1)
+    assert whence.set_alias("prod", "a@v2", if_revision=1).revision == 2
+    with pytest.raises(WhenceError, match="a@v2"):
+        whence.set_alias("prod", "a@v3", if_revision=1)
+    forced = whence.set_alias("prod", "a@v3", force=True)
+    assert (forced.revision, forced.previous) == (3, "a@v2")
+    assert whence.set_alias("next", "prod", force=True).index == "a@v3"
+    assert [alias.name for alias in whence.aliases()] == ["next", "prod"]
+    assert whence.index("prod").id == "a@v3"
+    for wrong in ({}, {"if_revision": 2}):
+        with pytest.raises(WhenceError, match="a@v3"):
+            whence.remove_alias("prod", **wrong)
+    whence.remove_alias("prod", if_revision=3)
+    whence.remove_alias("next", force=True)
+    assert whence.aliases() == []
+
+
+def test_after_a_flush_a_rebuild_brings_everything_back_and_counts_it(
+    whence: Client, redis: Redis, storage: Storage
+) -> None:
+    whence.set_alias("prod", "a@v1")
+    whence.set_alias("prod", "a@v2", if_revision=1)
+    whence.set_alias("old", "b")
+    whence.remove_alias("old", if_revision=1)
+
+    def everything() -> list[object]:
+        return [whence.models(), whence.datasets(), whence.concepts(), whence.indexes(), whence.aliases()]
+
+    before = everything()
+    assert all(before)
+    redis.flushall()
+    done = whence.rebuild_registry()
+    assert codec.to_plain(done) == {
+        "models": 1,
+        "datasets": 1,
+        "concepts": 1,
+        "indexes": 4,
+        "newest": 2,
+        "aliases": 1,
+        "damaged": [],
+    }
+    assert everything() == before
+    assert (whence.index("a").id, whence.index("prod").id) == ("a@v3", "a@v2")
+    storage.write("indexes/a@v2/record.json", b"{")
+    storage.write("aliases/next/record.json", b"{")
+    done = whence.rebuild_registry()
+    assert (done.indexes, done.damaged) == (3, ("indexes/a@v2", "aliases/next"))
+
+
+def run(url: str, *words: str, status: int = 0) -> str:
+    """The output of `whence`, whose problems are raised here (its entry point prints them)."""
+    done = CliRunner().invoke(cli.app, [*words, "--url", url], catch_exceptions=False)
+    assert done.exit_code == status, done.output
+    return done.output
+
+
+def test_the_command_line_makes_lists_switches_and_removes(url: str) -> None:
+    assert "alias prod: a@v1 (revision 1)" in run(url, "aliases", "set", "prod", "a@v1")
+    with pytest.raises(WhenceError, match="--if-revision 1"):
+        run(url, "aliases", "set", "prod", "a@v2")
+    assert "revision 2, before a@v1" in run(url, "aliases", "set", "prod", "a@v2", "--if-revision", "1")
+    run(url, "aliases", "set", "prod", "a@v3", "--force")
+    run(url, "aliases", "set", "prod", "a@v3", "--force", "--if-revision", "3", status=2)
+    (item,) = json.loads(run(url, "aliases", "list", "--json"))
+    assert codec.from_plain(AliasRecord, item).index == "a@v3"
+    with pytest.raises(WhenceError, match="a@v3"):
+        run(url, "aliases", "remove", "prod")
+    assert "alias prod is gone" in run(url, "aliases", "remove", "prod", "--if-revision", "3")
+    assert json.loads(run(url, "aliases", "list", "--json")) == []
+
+
+def test_the_command_line_rebuilds_and_fails_on_damage(url: str, redis: Redis, storage: Storage) -> None:
+    redis.flushall()
+    assert "indexes 4, newest 2, aliases 0" in " ".join(run(url, "registry", "rebuild").split())
+    storage.write("models/m/record.json", b"{")
+    assert "damaged: models/m/record.json" in run(url, "registry", "rebuild", status=1)
