@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 from redis import Redis
 
-from service import codec, datasets, keys, shards
+from service import codec, datasets, keys, results, shards
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
-from service.specs import IndexManifest
+from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import LossReduction, Pooling
 from service.work import FORMAT
@@ -30,6 +30,7 @@ local number = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(AR
 redis.call('SET', KEYS[1], number)
 return number
 """
+MANIFEST, BUILD = "manifest.json", "build.json"
 _LOADED = 8  # vector indexes kept in memory
 
 
@@ -50,7 +51,12 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
     """``name`` → its newest version, ``name@v3`` → that one. Raises NotFound."""
     if "@" in reference:
         return registry.get(INDEXES, reference, param="index")
-    found = versions(registry, reference)
+    records, damaged = registry.survey(INDEXES)
+    found = sorted((record for record in records if record.name == reference), key=lambda r: r.version)
+    for item_id in damaged:
+        name, _, number = item_id.rpartition("@v")
+        if name == reference and number.isdigit() and (not found or int(number) > found[-1].version):
+            registry.get(INDEXES, item_id)  # raises: the one before is not what was asked for
     if not found:
         names = ", ".join(sorted({record.name for record in registry.all(INDEXES)})[:10]) or "none yet"
         raise NotFound(
@@ -94,6 +100,11 @@ def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
     )
 
 
+def read_build(storage: Storage, index_id: str) -> Built:
+    """Who built a version, when, and from what. Raises NotFound or Damaged."""
+    return results.read_sealed(storage, f"indexes/{index_id}/{BUILD}", Built)
+
+
 def publish(
     storage: Storage, registry: Registry, record: IndexRecord, manifest: IndexManifest, build: dict[str, Any]
 ) -> None:
@@ -103,10 +114,10 @@ def publish(
     """
     folder = f"indexes/{record.id}"
     data = codec.encode(manifest).encode()
-    if storage.exists(f"{folder}/manifest.json") and storage.read(f"{folder}/manifest.json") != data:
+    if storage.exists(f"{folder}/{MANIFEST}") and storage.read(f"{folder}/{MANIFEST}") != data:
         raise Conflict("version_exists", f"Index {record.id} is published with other content.", param="name")
     record = replace(record, manifest_sha256=sha256_bytes(data))
-    storage.publish(folder, {"build.json": codec.canonical(build)}, ("manifest.json", data))
+    storage.publish(folder, {BUILD: codec.seal(codec.canonical(build).decode()).encode()}, (MANIFEST, data))
     try:
         registry.add(INDEXES, record.id, record)
     except Conflict:  # a paused holder of the job, or an earlier attempt, has published the same
@@ -116,7 +127,7 @@ def publish(
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
     """Raises Damaged, and Conflict for a version that another release has written."""
-    data = storage.read(f"indexes/{record.id}/manifest.json", sha256=record.manifest_sha256)
+    data = storage.read(f"indexes/{record.id}/{MANIFEST}", sha256=record.manifest_sha256)
     if (found := json.loads(data).get("format")) != FORMAT:
         raise Conflict(
             "other_format",

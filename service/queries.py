@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service import artifacts, codec, concepts, indexes, token_shares
+from service import codec, concepts, damage, indexes, token_shares
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
 from service.indexes import IndexLoader, Rows
@@ -88,6 +88,7 @@ class QueryService:
         self._loader = loader
         self._shard_size = shard_size
 
+    @damage.told
     def run(self, query: Query) -> Answer | JobRecord:
         """The answer, or the job whose result the answer needs.
 
@@ -114,6 +115,7 @@ class QueryService:
             warnings=_warnings(asked, index, found, fidelity),
         )
 
+    @damage.told
     def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
         """What every token of these examples adds to their score, or the job that computes it.
 
@@ -134,8 +136,8 @@ class QueryService:
         fingerprint = asked.query_set.fingerprint if asked.query_set else None
         about = [asked.method, concept, fingerprint, asked.function, asked.damping, asked.through]
         key = codec.digest(["token shares", index.id, index.manifest_sha256, *about, list(examples)])
-        if artifacts.find(self._storage, key) is not None:
-            return token_shares.read(self._storage, key)
+        if (known := token_shares.find(self._storage, key)) is not None:
+            return known
         spec = TokenSharesSpec(
             key=key,
             index=index.id,

@@ -169,7 +169,7 @@ class Stages:
         chosen = sample_rows(ids, spec.examples, spec.seed)
         about = [codec.to_plain(each) for each in (reading, tracked, spec)]
         key = codec.digest([FORMAT, "curvature", *about, [ids[row] for row in chosen]])
-        if artifacts.find(self.storage, key) is not None:
+        if artifacts.made(self.storage, key) is not None:
             return key
         size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
         parts = [(dataset, chosen[start : start + size]) for start in range(0, len(chosen), size)]
@@ -221,7 +221,7 @@ class Stages:
         if p is None:
             return curvature
         key = codec.digest([FORMAT, "narrowed", curvature, p, list(scouts)])
-        if artifacts.find(self.storage, key) is not None:
+        if artifacts.made(self.storage, key) is not None:
             return key
         names = modules(self.storage, curvature)
         works = [NarrowWork(curvature, name, p, tuple(scouts)) for name in names]
@@ -257,7 +257,7 @@ class Stages:
     def store(self, key: list[Any], stem: str, tensors: Mapping[str, Any]) -> str:
         """A small artifact that the dispatcher makes itself; one that is there already stays as it is."""
         name = codec.digest([FORMAT, *key])
-        if artifacts.find(self.storage, name) is None:
+        if artifacts.made(self.storage, name) is None:
             artifacts.publish(self.storage, name, {stem: tensors})
         return name
 
