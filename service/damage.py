@@ -17,6 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MISSING = "file_not_found"  # what storage says of a file that is not there
+_FOUND = {MISSING, "missing_artifact", "damaged_file", "damaged_record"}
 
 
 class _Query(Protocol):
@@ -61,7 +62,9 @@ def is_damage(error: Damaged | NotFound) -> bool:
 
 def explained(error: Damaged | NotFound, index: str | None) -> Damaged:
     """The same error for those who asked ``index``. One that has been explained stays as it is."""
-    if "repair" in error.context or error.param is None:
+    if "repair" in error.context and isinstance(error, Damaged):
+        return error
+    if error.code not in _FOUND or error.param is None:
         return error if isinstance(error, Damaged) else Damaged(error.code, error.detail, param=error.param)
     file = error.param
     code, what = ("missing_file", "is missing") if error.code in {MISSING, "missing_artifact"} else (error.code, "")

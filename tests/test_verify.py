@@ -1,21 +1,17 @@
-"""Nothing is believed before it has been checked: every flipped bit and every cut is told, by file, and never asked twice."""
+"""Nothing is believed before it has been checked: every flipped bit and every cut is told, by file, before use."""
 
 import os
 import random
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from service import codec, indexes, results, verify
-from service.contracts import IndexRecord, JobRecord, ModelRecord
+from service import codec, indexes, verify
+from service.contracts import IndexRecord, JobRecord
 from service.errors import Damaged
-from service.registry import INDEXES, Registry
-from service.specs import Built
 from service.storage import Storage
-from service.terms import JobKind
 from tests.whole import ASKED, Spy, Whole, broken
 
 CASES = 1000
@@ -75,7 +71,7 @@ def test_an_intact_version_has_no_damage_and_every_kind_of_file(world: Whole, in
 def test_what_a_query_reads_is_verified(world: Whole, index: IndexRecord, name: str) -> None:
     """All of it, but for the records of others that a restart reads and answers that can be computed again."""
     read = {key for key in read_by(world, index, name) if not key.startswith(("indexes/x@v1/", "models/"))}
-    answers = {key for key in read - checked(world, index)}
+    answers = read - checked(world, index)
     assert {key.split("/")[0] for key in answers} <= {"artifacts"}
     assert len({key.split("/")[2] for key in answers}) == (name in {"loss", "tokens"})
     assert len(read - answers) > 6

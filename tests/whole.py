@@ -1,4 +1,4 @@
-"""A small index with everything in it, built for real, and ways to break its files: for test_verify and test_repair."""
+"""A small index with everything in it, built for real, and ways to break its files."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,6 @@ from service.terms import (
     Order,
     Pooling,
 )
-from service.token_shares import TokenShares
 from tests import tiny
 
 TOKENIZER = tiny.words(bos=True)
@@ -157,7 +156,3 @@ def broken(data: bytes, rng: random.Random) -> bytes:
         return data[: rng.randrange(len(data))]
     place = rng.randrange(len(data))
     return data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
-
-
-def shares(found: list[TokenShares]) -> list[tuple[float, ...]]:
-    return [each.shares for each in found]

@@ -53,10 +53,10 @@ class RayEngine:
             case JobKind.REPAIR_INDEX:
                 return self._repair_index(codec.from_plain(RepairSpec, job.spec), context)
         with asking(lambda: job.spec.get("index") or job.spec.get("source")):
-            return repair.healing(self._storage, context, lambda: self._run(job, context))
+            return repair.healing(self._storage, context, lambda careful: self._run(job, context, careful))
 
-    def _run(self, job: JobRecord, context: JobContext) -> Mapping[str, Any]:
-        stages = Stages(self._storage, self._pool, context)
+    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:
+        stages = Stages(self._storage, self._pool, context, careful=careful)
         match job.kind:
             case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
                 return self._publish(job, self._manifest(job.kind, job.spec, stages), stages)
@@ -90,7 +90,7 @@ class RayEngine:
 
     def _repair_index(self, spec: RepairSpec, context: JobContext) -> Mapping[str, Any]:
         def make(kind: JobKind, of_job: Mapping[str, Any]) -> IndexManifest:
-            return self._manifest(kind, of_job, Stages(self._storage, self._pool, context))
+            return self._manifest(kind, of_job, Stages(self._storage, self._pool, context, careful=True))
 
         return repair.Repair(self._redis, self._registry, self._storage, context, spec.index, make).run()
 

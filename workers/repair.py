@@ -29,12 +29,15 @@ _ROUNDS = 5  # what lies behind a damaged manifest is seen when that one is whol
 _TOLD = 1000  # damaged files in a job's result
 
 
-def healing(storage: Storage, context: JobContext, work: Callable[[], R]) -> R:
-    """What ``work`` gives, which is started again when it meets a damaged shard or artifact: that is made again."""
+def healing(storage: Storage, context: JobContext, work: Callable[[bool], R]) -> R:
+    """What ``work`` gives, which is started again when it meets a damaged shard or artifact: that is made again.
+
+    ``work`` is told whether to look for marks behind what refers to other artifacts: once something is marked.
+    """
     met: set[str] = set()
     while True:
         try:
-            return work()
+            return work(bool(met))
         except (Damaged, NotFound) as error:
             folder = _folder(error.param) if is_damage(error) and error.code != results.NOT_EXACTLY else None
             if folder is None or folder in met:
@@ -87,11 +90,14 @@ class Repair:
                     report = self._check()
                 if not report.damage or [each.file for each in report.damage] == before:
                     break
-        finally:
-            self._let_go()
+        except Damaged as error:
+            if error.code == results.NOT_EXACTLY:
+                self._let_go()
+            raise
         left = {each.file for each in report.damage}
         done = [file for file in met if file not in left]
         if left:
+            self._let_go()
             raise self._unmended(report.damage, done)
         return {"index": self._index, "files": report.files, "repaired": len(done), "mended": done[:_TOLD]}
 
@@ -173,7 +179,7 @@ class Repair:
         built = self._built(version)
         self._context.log(f"The job that built {version} runs again; what is intact is not computed again.")
         try:
-            return healing(self._storage, self._context, lambda: self._make(built.kind, built.spec))
+            return healing(self._storage, self._context, lambda _careful: self._make(built.kind, built.spec))
         except Damaged as error:
             if error.code == results.NOT_EXACTLY:
                 raise self._other_bytes(error) from error
@@ -263,11 +269,11 @@ class Repair:
     # --- what cannot be mended ------------------------------------------------------------------------
 
     def _let_go(self) -> None:
-        """Shards that could not be made as they were: the next build may make them as it can. Artifacts are not
-        named by their hash, so theirs stay refused: an index would not notice others.
+        """Shards that could not be made as they were: the next build may make them as it can, since indexes name
+        them by their hash. Artifacts they do not, and would not notice others: those stay refused.
         """
         for folder in list(self._open()):
-            if self._marked[folder].belongs_to == SHARD and self._marked[folder].pinned is not None:
+            if self._marked[folder].belongs_to == SHARD:
                 results.give_up(self._storage, folder)
 
     def _other_bytes(self, error: Damaged) -> Damaged:
