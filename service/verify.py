@@ -144,15 +144,16 @@ class _Walk:
         return self._read(record_file(collection, item_id), collection.record, RECORD, item_id)
 
     def _manifest(self, file: str, record: IndexRecord | None, index_id: str) -> IndexManifest | None:
+        """Raises Conflict for a version of another release."""
         self._sealed.add(file)
         try:
-            data = self._storage.read(file)
+            if record is not None:
+                return indexes.read_manifest(self._storage, record)
+            return codec.decode(IndexManifest, self._storage.read(file))
         except NotFound:
             return self._found(file, MISSING, MANIFEST, index_id)
-        if record is not None and record.manifest_sha256 != sha256_bytes(data):
+        except Damaged:
             return self._found(file, CHANGED, MANIFEST, index_id)
-        try:
-            return codec.decode(IndexManifest, data)
         except ValueError:
             return self._found(file, UNREADABLE, MANIFEST, index_id)
 
