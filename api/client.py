@@ -154,6 +154,14 @@ class Client:
         body = {"query_sets": list(query_sets), **options}
         return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/query-sets", json=body))
 
+    def verify_index(self, reference: str) -> JobRecord:
+        """Queue a check of every file of a version; the job's result lists what is damaged."""
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/verify"))
+
+    def repair_index(self, reference: str) -> JobRecord:
+        """Queue a repair: what is damaged is made again, when it comes out the same byte for byte."""
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/repair"))
+
     def indexes(self) -> list[IndexRecord]:
         return self._items("/v1/indexes", IndexRecord)
 

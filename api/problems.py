@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.exceptions import HTTPException
 
-from service import errors
+from service import damage, errors
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _STATUS: dict[type[errors.DomainError], int] = {
     errors.Forbidden: 403,
     errors.TooLarge: 413,
     errors.Unavailable: 503,
-    errors.Damaged: 500,
+    errors.Damaged: 503,
 }
 
 
@@ -47,12 +47,19 @@ class Problem(BaseModel):
 
 
 def problem(
-    request: Request, status: int, code: str, detail: str, *, param: str | None = None, **extra: Any
+    request: Request,
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    param: str | None = None,
+    again: bool = True,
+    **extra: Any,
 ) -> JSONResponse:
-    """The response for one error."""
+    """The response for one error; ``again``: a 503 may pass by itself."""
     title = HTTPStatus(status).phrase
     body = {"type": f"urn:whence:problem:{code}", "title": title, "status": status, "code": code, "detail": detail}
-    headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE and again else None
     return JSONResponse(
         {**extra, **body, "param": param, "instance": request.url.path},
         status_code=status,
@@ -81,7 +88,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(errors.DomainError)
     async def domain(request: Request, error: errors.DomainError) -> JSONResponse:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-        return problem(request, status, error.code, error.detail, param=error.param, **error.context)
+        if isinstance(error, errors.Damaged):
+            error = damage.explained(error, None)
+            log.error("%s", error)
+        again = not isinstance(error, errors.Damaged)  # damage stays until somebody mends it
+        return problem(request, status, error.code, error.detail, param=error.param, again=again, **error.context)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

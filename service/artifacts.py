@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from service import codec
-from service.errors import Damaged
+from service import results
+from service.errors import Damaged, NotFound
 from service.storage import Storage, sha256_bytes
 from service.work import Artifact
 
@@ -28,16 +28,20 @@ def publish(
     *,
     facts: Mapping[str, float | int | str] | None = None,
     versions: Mapping[str, str] | None = None,
+    answer: bool = False,
 ) -> Artifact:
-    """Store each entry of ``tensors`` (file stem → named arrays) and then the manifest."""
+    """Store each entry of ``tensors`` (file stem → named arrays) and then the manifest.
+
+    ``answer``: nothing is computed from it, so a damaged one may be replaced by whatever is computed now; others by
+    their like alone, or Damaged (``cannot_repair_exactly``) is raised.
+    """
     files = {
         f"{stem}.safetensors": save_safetensors({name: np.ascontiguousarray(v) for name, v in arrays.items()})
         for stem, arrays in tensors.items()
     }
     hashes = {name: sha256_bytes(data) for name, data in files.items()}
     artifact = Artifact(key, dict(facts or {}), hashes, dict(versions or {}))
-    storage.publish(folder(key), files, (MANIFEST, codec.encode(artifact).encode()))
-    return artifact
+    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer)
 
 
 def find(storage: Storage, key: str) -> Artifact | None:
@@ -45,17 +49,33 @@ def find(storage: Storage, key: str) -> Artifact | None:
     name = f"{folder(key)}/{MANIFEST}"
     if not storage.exists(name):
         return None
-    artifact = codec.decode(Artifact, storage.read(name))
+    artifact = results.read_sealed(storage, name, Artifact)
     if artifact.key != key:
-        raise Damaged("damaged_file", f"{name} is the manifest of another artifact.", param=key)
+        raise Damaged("damaged_file", f"{name} is the manifest of another artifact.", param=name)
     return artifact
+
+
+def made(storage: Storage, key: str) -> Artifact | None:
+    """The manifest for those who make what is missing: None as well when it cannot be read, or is marked."""
+    artifact = results.made(storage, folder(key), MANIFEST, Artifact)
+    return artifact if artifact is not None and artifact.key == key else None
+
+
+def find_answer(storage: Storage, key: str, stem: str) -> tuple[Artifact, dict[str, NDArray[Any]]] | None:
+    """An artifact and one of its files, or None when it is missing or damaged: what can simply be asked again."""
+    try:
+        artifact = find(storage, key)
+        return None if artifact is None else (artifact, read(storage, artifact, stem))
+    except (Damaged, NotFound):
+        return None
 
 
 def get(storage: Storage, key: str) -> Artifact:
     """Like ``find``; Damaged when it is not there although something refers to it."""
     artifact = find(storage, key)
     if artifact is None:
-        raise Damaged("missing_artifact", f"Storage has no artifact {key}. Build the index again.", param=key)
+        name = f"{folder(key)}/{MANIFEST}"
+        raise Damaged("missing_artifact", f"Storage has no artifact {key}.", param=name)
     return artifact
 
 

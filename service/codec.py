@@ -5,6 +5,7 @@ pydantic validates stdlib dataclasses from the outside, so the records stay plai
 
 import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar
@@ -37,6 +38,32 @@ def to_plain(record: Any) -> Any:
 def encode(record: Any) -> str:
     """Record → compact JSON text."""
     return _adapter(type(record)).dump_json(record).decode()
+
+
+# The record stands in the seal as it was written, so that checking needs no second way to write it.
+_SEAL = re.compile(rb'\{"sha256":"([0-9a-f]{64})","record":(.*)\}', re.DOTALL)
+
+
+def seal(record: str) -> str:
+    """JSON text of a record with its own sha256 beside it: for files and Redis values that nothing else names."""
+    return f'{{"sha256":"{hashlib.sha256(record.encode()).hexdigest()}","record":{record}}}'
+
+
+def unseal(kind: type[T], data: bytes | str, *, sha256: str | None = None) -> T:
+    """What ``seal`` wrapped, as a record of type ``kind``; with ``sha256`` it must be the one of that hash.
+
+    Raises ValueError when a single byte is not as it was written.
+    """
+    raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    found = _SEAL.fullmatch(raw)
+    if found is None:
+        raise ValueError("it is cut off, or was not written by this release")
+    said, record = found[1].decode(), found[2]
+    if hashlib.sha256(record).hexdigest() != said:
+        raise ValueError("its sha256 differs from what it says itself")
+    if sha256 is not None and said != sha256:
+        raise ValueError("it is not the one that is referred to (sha256 differs)")
+    return decode(kind, record)
 
 
 def canonical(data: Any) -> bytes:

@@ -30,7 +30,7 @@ from service.contracts import (
     PlainText,
     Quarantined,
 )
-from service.errors import Conflict, Invalid, TooLarge
+from service.errors import Conflict, Damaged, Invalid, NotFound, TooLarge
 from service.storage import Storage, sha256_bytes
 
 # Beside messages, these change what a template renders or a model sees; elsewhere they are metadata like any other.
@@ -299,6 +299,29 @@ def publish(storage: Storage, dataset_id: str, parsed: Parsed) -> DatasetRecord:
 def same_content(record: DatasetRecord, parsed: Parsed) -> bool:
     """Whether a registered dataset is what has just been read: texts, metadata, places, what was set aside."""
     return record.files == {name: sha256_bytes(data) for name, data in _files(parsed).items()}
+
+
+def mend(storage: Storage, record: DatasetRecord, parsed: Parsed) -> list[str]:
+    """Put back what is missing or damaged of a registered dataset whose content has just been read again."""
+    mended = []
+    for name, data in _files(parsed).items():
+        file = f"datasets/{record.id}/{name}"
+        try:
+            storage.read(file, sha256=record.files[name])
+        except (NotFound, Damaged):
+            storage.write(file, data)
+            mended.append(file)
+    return mended
+
+
+def adopt(storage: Storage, dataset_id: str, parsed: Parsed) -> DatasetRecord | None:
+    """A record for files whose own cannot be read, if they are of what has just been read again: they are named by
+    their content. None: they are not, or are gone as well.
+    """
+    examples = next(name for name in _files(parsed) if name.startswith("examples"))
+    if not storage.exists(f"datasets/{dataset_id}/{examples}"):
+        return None
+    return publish(storage, dataset_id, parsed)
 
 
 def _files(parsed: Parsed) -> dict[str, bytes]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from redis import Redis
 
-from service import aliases, codec, datasets, keys, shards
+from service import aliases, codec, datasets, keys, results, shards
 from service.contracts import IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
-from service.specs import IndexManifest
+from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import LossReduction, Pooling
 from service.work import FORMAT
@@ -25,6 +25,7 @@ local number = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(AR
 redis.call('SET', KEYS[1], number)
 return number
 """
+MANIFEST, BUILD = "manifest.json", "build.json"
 
 
 def next_version(redis: Redis, registry: Registry, name: str) -> int:
@@ -95,6 +96,11 @@ def describe(manifest: IndexManifest, *, job: str) -> IndexRecord:
     )
 
 
+def read_build(storage: Storage, index_id: str) -> Built:
+    """Who built a version, when, and from what. Raises NotFound or Damaged."""
+    return results.read_sealed(storage, f"indexes/{index_id}/{BUILD}", Built)
+
+
 def publish(
     storage: Storage, registry: Registry, record: IndexRecord, manifest: IndexManifest, build: dict[str, Any]
 ) -> None:
@@ -104,10 +110,10 @@ def publish(
     """
     folder = f"indexes/{record.id}"
     data = codec.encode(manifest).encode()
-    if storage.exists(f"{folder}/manifest.json") and storage.read(f"{folder}/manifest.json") != data:
+    if storage.exists(f"{folder}/{MANIFEST}") and storage.read(f"{folder}/{MANIFEST}") != data:
         raise Conflict("version_exists", f"Index {record.id} is published with other content.", param="name")
     record = replace(record, manifest_sha256=sha256_bytes(data))
-    storage.publish(folder, {"build.json": codec.canonical(build)}, ("manifest.json", data))
+    storage.publish(folder, {BUILD: codec.seal(codec.canonical(build).decode()).encode()}, (MANIFEST, data))
     try:
         registry.add(INDEXES, record.id, record)
     except Conflict:  # a paused holder of the job, or an earlier attempt, has published the same
@@ -117,7 +123,7 @@ def publish(
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
     """Raises Damaged, and Conflict for a version that another release has written."""
-    data = storage.read(f"indexes/{record.id}/manifest.json", sha256=record.manifest_sha256)
+    data = storage.read(f"indexes/{record.id}/{MANIFEST}", sha256=record.manifest_sha256)
     if (found := json.loads(data).get("format")) != FORMAT:
         raise Conflict(
             "other_format",

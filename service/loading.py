@@ -159,8 +159,7 @@ class IndexLoader:
         try:
             return self._read(record, array)
         except NotFound as error:  # the version names the file, so it should be there
-            detail = f"{error.param} is missing."
-            raise Damaged("damaged_file", detail, param=error.param) from error
+            raise Damaged(error.code, error.detail, param=error.param) from error
 
     def _read(self, record: IndexRecord, array: ArrayInfo) -> Rows:
         manifest = self.manifest(record)

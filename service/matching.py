@@ -249,11 +249,11 @@ def _coordinates(
         )
     spec = replace(built, activation=None, influence=None, objective=objective)
     key = codec.digest(["query", codec.to_plain(spec), asked.query_set.fingerprint])
-    stored = artifacts.find(storage, key)
-    if stored is None:
+    answered = artifacts.find_answer(storage, key, "query")
+    if answered is None:
         return Missing(key, QueryGradientSpec(key, index.id, index.model, asked.query_set.id, spec, shard_size))
-    vector = artifacts.read(storage, stored, "query")["vector"]
-    return vector, int(stored.facts["examples"]), int(stored.facts["quarantined"]), 1.0
+    stored, tensors = answered
+    return tensors["vector"], int(stored.facts["examples"]), int(stored.facts["quarantined"]), 1.0
 
 
 # --- what they share ------------------------------------------------------------------------------------

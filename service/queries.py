@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, example_ids, indexes, token_shares
+from service import codec, damage, example_ids, indexes, token_shares
 from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
@@ -92,6 +92,7 @@ class QueryService:
         self._rankings: LoadingCache[Ranking] = LoadingCache(_KEPT_BYTES, _bytes_of)
         self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: mask.nbytes)
 
+    @damage.told
     def prepare(self, query: Query) -> Prepared | JobRecord:
         """What answers the question, or the job that must run first.
 
@@ -105,6 +106,7 @@ class QueryService:
         rows = self._loader.rows(index, found.array)
         return Prepared(index, asked, found, rows, self._mask(query, index, found, rows))
 
+    @damage.told
     def run(self, query: Query, page: Page | None = None) -> Answer | JobRecord:
         """The answer, or the job whose result the answer needs. Raises as ``prepare``."""
         began = time.perf_counter()
@@ -132,6 +134,7 @@ class QueryService:
             warnings=_warnings(prepared.asked, prepared.index, prepared.matched, fidelity),
         )
 
+    @damage.told
     def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
         """What every token of these examples adds to their score, or the job that computes it.
 
@@ -151,8 +154,8 @@ class QueryService:
         fingerprint = asked.query_set.fingerprint if asked.query_set else None
         about = [asked.method, concept, fingerprint, asked.function, asked.damping, asked.through]
         key = codec.digest(["token shares", index.id, index.manifest_sha256, *about, list(examples)])
-        if artifacts.find(self._storage, key) is not None:
-            return token_shares.read(self._storage, key)
+        if (known := token_shares.find(self._storage, key)) is not None:
+            return known
         spec = TokenSharesSpec(
             key=key,
             index=index.id,

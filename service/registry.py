@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
 
-from service import codec, keys
+from service import codec, keys, results
 from service.contracts import AliasRecord, ConceptRecord, DatasetRecord, IndexRecord, ModelRecord, Rebuilt
 from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
 from service.pointers import Pointed, Pointers
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DAMAGED = ""  # in Redis, for a record that storage holds, and nobody can read
 _RECORD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,140}")  # an index version is name@v3
 _VERSION = re.compile(r"(?P<name>[^@]+)@v(?P<version>[1-9][0-9]*)")
 
@@ -91,8 +92,26 @@ class Registry:
                     f"There is a {collection.noun} {item_id!r} already, and it never changes. Choose another id.",
                     param="id",
                 )
-            self._storage.write(_key(collection, item_id), codec.encode(record).encode())
-            self._tell(collection, item_id, codec.encode(record), make=True)
+            self._write(collection, item_id, record)
+
+    def restore(self, collection: Collection[T], item_id: str, record: T) -> None:
+        """Put a record back whose file is missing or damaged. Raises Conflict when storage holds another one."""
+        with self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S):
+            held = results.intact(self._storage, record_file(collection, item_id), collection.record)
+            if held is not None and held != record:
+                detail = f"The record of {collection.noun} {item_id!r} is intact, and another one."
+                raise Conflict(f"{collection.noun}_exists", detail, param="id")
+            self._write(collection, item_id, record)
+
+    def remembered(self, collection: Collection[T], item_id: str) -> T | None:
+        """The copy in Redis, whatever storage holds: sealed as well, so a damaged file can be put back from it."""
+        cached: Any = self._redis.hget(keys.records(collection.name), item_id)
+        return _decode(collection, cached) if cached else None
+
+    def _write(self, collection: Collection[T], item_id: str, record: T) -> None:
+        data = results.sealed(record)
+        self._storage.write(record_file(collection, item_id), data)
+        self._tell(collection, item_id, data, make=True)
 
     def find(self, collection: Collection[T], item_id: str) -> T | None:
         """The record of ``item_id``, or None. Raises Damaged when storage holds something unreadable."""
@@ -102,9 +121,16 @@ class Registry:
             return kept
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
         record = _decode(collection, cached) if cached is not None else None
-        if record is None and (stored := self._stored(collection, item_id)) is not None:
-            record, text = stored
-            self._tell(collection, item_id, text, make=False)
+        if record is None:
+            try:
+                stored = self._stored(collection, item_id)
+            except Damaged:
+                # Remembered by name, so that lists can tell of it.
+                self._redis.hset(keys.records(collection.name), item_id, _DAMAGED)
+                raise
+            if stored is not None:
+                record, text = stored
+                self._tell(collection, item_id, text, make=False)
         if record is not None:
             with self._keeping:
                 self._kept[collection.name, item_id] = record
@@ -126,7 +152,13 @@ class Registry:
         return record
 
     def all(self, collection: Collection[T]) -> list[T]:
-        """Every record of the collection, by id; a Redis that has forgotten them is filled again first."""
+        """Every record of the collection, by id; a Redis that has forgotten them is filled again first. Damaged
+        ones are left out.
+        """
+        return self.survey(collection)[0]
+
+    def survey(self, collection: Collection[T]) -> tuple[list[T], list[str]]:
+        """Every record of the collection, and the ids of those that are damaged."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.exists(keys.REGISTRY_FILLED)
         pipe.hgetall(keys.records(collection.name))
@@ -135,8 +167,16 @@ class Registry:
             self._fill()
             raw = self._redis.hgetall(keys.records(collection.name))
         raw = cast("dict[str, str]", raw)
-        decoded = (_decode(collection, raw[item_id]) for item_id in sorted(raw))
-        return [record for record in decoded if record is not None]
+        found, damaged = [], []
+        for item_id in sorted(raw):
+            try:
+                record = _decode(collection, raw[item_id]) or self.find(collection, item_id)
+            except Damaged:
+                damaged.append(item_id)
+                continue
+            if record is not None:
+                found.append(record)
+        return found, damaged
 
     def stored_ids(self, collection: Collection[T]) -> list[str]:
         """Ids that storage holds, whatever Redis knows."""
@@ -177,7 +217,7 @@ class Registry:
         published = (
             version
             for version in sorted(versions, reverse=True)
-            if self._storage.exists(_key(INDEXES, f"{name}@v{version}"))
+            if self._storage.exists(record_file(INDEXES, f"{name}@v{version}"))
         )
         return next(published, None)
 
@@ -214,6 +254,7 @@ class Registry:
             for item_id, text in self._read_all(collection):
                 if text is None:
                     damaged.append(f"{collection.name}/{item_id}")
+                    pipe.hsetnx(keys.records(collection.name), item_id, _DAMAGED)  # an intact copy stays
                 else:
                     found += 1
                     pipe.hset(keys.records(collection.name), item_id, text)
@@ -251,15 +292,14 @@ class Registry:
 
     def _stored(self, collection: Collection[T], item_id: str) -> tuple[T, bytes] | None:
         """A record as storage has it, with its text. Raises Damaged."""
-        key = _key(collection, item_id)
+        file = record_file(collection, item_id)
         try:
-            text = self._storage.read(key)
+            record = results.read_sealed(self._storage, file, collection.record)
         except (NotFound, Invalid):
             return None
-        try:
-            return codec.decode(collection.record, text), text
-        except ValueError as error:
-            raise Damaged("damaged_record", f"{key} cannot be read: {error}", param=item_id) from error
+        except Damaged as error:
+            raise Damaged("damaged_record", error.detail, param=file, context=error.context) from error
+        return record, results.sealed(record)
 
     def _tell(self, collection: Collection[Any], item_id: str, text: str | bytes, *, make: bool) -> None:
         """Copy a record to Redis, together with what follows from it for the newest version of its name."""
@@ -275,14 +315,17 @@ class Registry:
 
 def _decode(collection: Collection[T], cached: str) -> T | None:
     """A record as Redis holds it; None when it cannot be read (damaged, or of an older release)."""
+    if cached == _DAMAGED:
+        return None
     try:
-        return codec.decode(collection.record, cached)
+        return codec.unseal(collection.record, cached)
     except ValueError as error:
         log.error("redis holds an unreadable %s: %s", collection.noun, error)
         return None
 
 
-def _key(collection: Collection[Any], item_id: str) -> str:
+def record_file(collection: Collection[Any], item_id: str) -> str:
+    """Where storage keeps the record."""
     return f"{collection.name}/{item_id}/record.json"
 
 

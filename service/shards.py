@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service import codec
+from service import codec, results
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.errors import Damaged
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
@@ -102,16 +102,23 @@ def publish(
         files={name: sha256_bytes(data) for name, data in files.items()},
         versions=dict(versions),
     )
-    storage.publish(folder(task.key), files, (MANIFEST, codec.encode(manifest).encode()))
-    return manifest
+    return results.publish(storage, folder(task.key), MANIFEST, manifest, files, named=True)
+
+
+def made(storage: Storage, key: str) -> ShardManifest | None:
+    """A shard's manifest for those who make what is missing: None as well when it cannot be read, or is marked."""
+    manifest = results.made(storage, folder(key), MANIFEST, ShardManifest)
+    return manifest if manifest is not None and manifest.key == key else None
 
 
 def read_manifest(storage: Storage, key: str, *, sha256: str | None = None) -> ShardManifest:
-    """A shard's manifest, checked against the hash by which an index names it. Raises NotFound or Damaged."""
+    """A shard's manifest, checked against its seal and the hash by which an index names it. Raises NotFound or
+    Damaged.
+    """
     name = f"{folder(key)}/{MANIFEST}"
-    manifest = codec.decode(ShardManifest, storage.read(name, sha256=sha256))
+    manifest = results.read_sealed(storage, name, ShardManifest, sha256=sha256)
     if manifest.key != key:
-        raise Damaged("damaged_file", f"{name} is the manifest of another shard.", param=key)
+        raise Damaged("damaged_file", f"{name} is the manifest of another shard.", param=name)
     return manifest
 
 
@@ -203,7 +210,8 @@ def _stored(
 ) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     packed = _read(storage, manifest, array.file)
     if packed.shape != (len(manifest.ids), array.info.dims):
-        raise Damaged("damaged_file", f"{array.file} of shard {manifest.key} has shape {packed.shape}.")
+        name = f"{folder(manifest.key)}/{array.file}"
+        raise Damaged("damaged_file", f"{name} has shape {packed.shape}.", param=name)
     return packed, packed[:0] if array.scale is None else _read(storage, manifest, array.scale)
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
-from service.terms import ConceptFunction, IndexKind, LossReduction, Method, Pooling
+from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
 
 
@@ -119,7 +120,30 @@ class TokenSharesSpec:
     shard_size: int
 
 
-JobSpec = BuildIndexSpec | EstimateSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec | TokenSharesSpec
+@dataclass(frozen=True)
+class VerifySpec:
+    """Is every file that a version needs what it was?"""
+
+    index: str  # id of a version
+
+
+@dataclass(frozen=True)
+class RepairSpec:
+    """Make what is damaged of a version again, and compare."""
+
+    index: str  # id of a version
+
+
+JobSpec = (
+    BuildIndexSpec
+    | EstimateSpec
+    | ExtendIndexSpec
+    | FitConceptSpec
+    | QueryGradientSpec
+    | TokenSharesSpec
+    | VerifySpec
+    | RepairSpec
+)
 
 
 # --- what a build publishes ---------------------------------------------------------------------------
@@ -143,6 +167,17 @@ class CachedJacobian:
     function: ConceptFunction
     artifact: str
     directions: str | None  # artifact that holds R; None: the identity
+
+
+@dataclass(frozen=True)
+class Built:
+    """``build.json``: who built a version and when, and the job that would build it again."""
+
+    job: str
+    created_at: str
+    versions: Mapping[str, str]
+    kind: JobKind
+    spec: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ class Storage:
     def exists(self, key: str) -> bool:
         return bool(self._fs.exists(self._path(key)))
 
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        try:
+            return int(self._fs.info(self._path(key), refresh=True)["size"])
+        except FileNotFoundError:
+            return None
+
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
         """The bytes of ``key``; with ``sha256`` they are checked before anybody uses them.
 

@@ -1,9 +1,12 @@
 """Per-token attribution as it is stored: one artifact per question, read by the api without a model."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import artifacts
 from service.storage import Storage
@@ -27,9 +30,18 @@ class TokenShares:
         return float(np.sum(self.shares, dtype=np.float64))
 
 
+def find(storage: Storage, key: str) -> list[TokenShares] | None:
+    """In the order in which the examples were asked for; None where they must be computed, first or again."""
+    known = artifacts.find_answer(storage, key, FILE)
+    return None if known is None else _apart(known[1])
+
+
 def read(storage: Storage, key: str) -> list[TokenShares]:
-    """In the order in which the examples were asked for."""
-    held = artifacts.read(storage, artifacts.get(storage, key), FILE)
+    """Like ``find``, of shares that are there. Raises Damaged."""
+    return _apart(artifacts.read(storage, artifacts.get(storage, key), FILE))
+
+
+def _apart(held: Mapping[str, NDArray[Any]]) -> list[TokenShares]:
     texts = iter(json.loads(held["texts"].tobytes().decode()))
     found, start = [], 0
     for length in held["lengths"].tolist():

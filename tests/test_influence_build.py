@@ -1346,7 +1346,7 @@ TRACKED = Tracked(2)
 
 def curvature_key(world, monkeypatch, reading=READING, spec=BASE, tracked=TRACKED, dataset="d") -> str:
     asked: list[str] = []
-    monkeypatch.setattr(artifacts, "find", lambda _storage, key: asked.append(key) or object())
+    monkeypatch.setattr(artifacts, "made", lambda _storage, key: asked.append(key) or object())
     stages = Stages(world.lab.storage, None, None)
     record = world.lab.registry.get(DATASETS, dataset)
     found = stages.curvature(Location("anywhere", "anywhere"), reading, tracked, spec, record, most_bytes=1 << 30)

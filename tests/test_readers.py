@@ -10,9 +10,10 @@ from api.client import Client
 from api.schemas import QueryOut
 from service import aliases, indexes
 from service.aliases import Condition
-from service.indexes import IndexLoader
 from service.jobs import Jobs
-from service.queries import Answer, Query, QueryService
+from service.loading import IndexLoader
+from service.queries import Answer, QueryService
+from service.questions import Query
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
 from service.storage import Storage
@@ -28,7 +29,8 @@ def query(index: str) -> Query:
 
 
 def service(registry: Registry, redis: Redis, storage: Storage) -> QueryService:
-    return QueryService(registry, storage, Jobs(redis), IndexLoader(storage, threads=1), shard_size=shelf.SHARD)
+    loader = IndexLoader(registry, storage, threads=1)
+    return QueryService(registry, storage, Jobs(redis), loader, shard_size=shelf.SHARD)
 
 
 def whole(version: int, ids: list[str], scores: list[float], name: str = "sft") -> int:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from redis import Redis
 
-from service import aliases, codec, indexes, keys
+from service import aliases, indexes, keys, results
 from service.aliases import Condition
 from service.errors import Damaged, NotFound, Unavailable
 from service.registry import ALL, INDEXES, MODELS, Registry
@@ -133,7 +133,7 @@ def test_a_version_whose_publisher_died_before_telling_redis_is_the_newest_once_
 ) -> None:
     shelf.add(registry, "a@v1")
     registry.rebuild()
-    storage.write("indexes/a@v2/record.json", codec.encode(shelf.record("a", 2)).encode())
+    storage.write("indexes/a@v2/record.json", results.sealed(shelf.record("a", 2)))
     assert of(registry, "a") == "a@v1"
     assert of(registry, "a@v2") == "a@v2"
     assert of(registry, "a") == "a@v2"

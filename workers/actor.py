@@ -163,10 +163,9 @@ class Worker:
 
 
 def find(storage: Storage, task: Task) -> Manifest | None:
-    """The task's result, when it has been published."""
-    if isinstance(task.work, ShardWork):
-        return shards.read_manifest(storage, task.key) if shards.exists(storage, task.key) else None
-    return artifacts.find(storage, task.key)
+    """The task's result, when it has been published and nothing is known to be wrong with it."""
+    made = shards.made if isinstance(task.work, ShardWork) else artifacts.made
+    return made(storage, task.key)
 
 
 RemoteWorker = ray.remote(Worker)

@@ -9,6 +9,7 @@ from redis import Redis
 
 from service import artifacts, codec, concepts, indexes, models
 from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
+from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
 from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
@@ -20,12 +21,14 @@ from service.specs import (
     FitConceptSpec,
     IndexManifest,
     QueryGradientSpec,
+    RepairSpec,
     TokenSharesSpec,
+    VerifySpec,
 )
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import passes, probes, tokens
+from workers import passes, probes, repair, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -43,31 +46,53 @@ class RayEngine:
         self._pool = pool
 
     def run(self, job: JobRecord, context: JobContext) -> Mapping[str, Any]:
-        stages = Stages(self._storage, self._pool, context)
         match job.kind:
-            case JobKind.BUILD_INDEX:
-                return self._build_index(job, codec.from_plain(BuildIndexSpec, job.spec), stages)
+            case JobKind.VERIFY_INDEX:
+                spec = codec.from_plain(VerifySpec, job.spec)
+                return repair.summary(repair.check(self._storage, self._registry, spec.index, context))
+            case JobKind.REPAIR_INDEX:
+                return self._repair_index(codec.from_plain(RepairSpec, job.spec), context)
+        with asking(lambda: job.spec.get("index") or job.spec.get("source")):
+            return repair.healing(self._storage, context, lambda careful: self._run(job, context, careful))
+
+    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:
+        stages = Stages(self._storage, self._pool, context, careful=careful)
+        match job.kind:
+            case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
+                return self._publish(job, self._manifest(job.kind, job.spec, stages), stages)
             case JobKind.ESTIMATE_INDEX:
                 return self._estimate_index(codec.from_plain(EstimateSpec, job.spec), stages.context)
-            case JobKind.EXTEND_INDEX:
-                return self._extend_index(job, codec.from_plain(ExtendIndexSpec, job.spec), stages)
             case JobKind.FIT_CONCEPT:
                 return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
-            case _:
-                raise Invalid(
-                    "unknown_job", f"This dispatcher does not know jobs of kind {job.kind}.", param="kind"
-                )
+        raise Invalid(
+            "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
+        )
 
     # --- jobs ---------------------------------------------------------------------------------------
 
-    def _build_index(self, job: JobRecord, spec: BuildIndexSpec, stages: Stages) -> Mapping[str, Any]:
+    def _manifest(self, kind: JobKind, spec: Mapping[str, Any], stages: Stages) -> IndexManifest:
+        """What a job of this kind publishes: everything but the publishing, so that a repair can run it again."""
+        match kind:
+            case JobKind.BUILD_INDEX:
+                return self._build_index(codec.from_plain(BuildIndexSpec, spec), stages)
+            case JobKind.EXTEND_INDEX:
+                return self._extend_index(codec.from_plain(ExtendIndexSpec, spec), stages)
+        raise Invalid("no_index_job", f"A job of kind {kind} builds no index.")
+
+    def _build_index(self, spec: BuildIndexSpec, stages: Stages) -> IndexManifest:
         model = self._run_of(spec)
         dataset = self._registry.get(DATASETS, spec.dataset)
-        return self._publish(job, Build(stages, self._registry, spec, model, dataset).run(), stages)
+        return Build(stages, self._registry, spec, model, dataset).run()
+
+    def _repair_index(self, spec: RepairSpec, context: JobContext) -> Mapping[str, Any]:
+        def make(kind: JobKind, of_job: Mapping[str, Any]) -> IndexManifest:
+            return self._manifest(kind, of_job, Stages(self._storage, self._pool, context, careful=True))
+
+        return repair.Repair(self._redis, self._registry, self._storage, context, spec.index, make).run()
 
     def _estimate_index(self, spec: EstimateSpec, context: JobContext) -> Mapping[str, Any]:
         model, dataset = self._run_of(spec.build), self._registry.get(DATASETS, spec.build.dataset)
@@ -81,16 +106,17 @@ class RayEngine:
             models.check_fingerprints(models.location(model, point), reading, self._redis)
         return model
 
-    def _extend_index(self, job: JobRecord, spec: ExtendIndexSpec, stages: Stages) -> Mapping[str, Any]:
+    def _extend_index(self, spec: ExtendIndexSpec, stages: Stages) -> IndexManifest:
         source = indexes.read_manifest(self._storage, self._registry.get(INDEXES, spec.source))
         model = self._model(spec.model, source.spec)
         dataset = self._registry.get(DATASETS, source.dataset)
-        return self._publish(job, extend(stages, self._registry, spec, source, model, dataset), stages)
+        return extend(stages, self._registry, spec, source, model, dataset)
 
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
         stages.context.check()
         build = {"job": job.id, "created_at": record.created_at, "versions": passes.versions()}
+        build |= {"kind": str(job.kind), "spec": dict(job.spec)}
         indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
@@ -144,7 +170,7 @@ class RayEngine:
         vector = (sign * rows.mean(axis=0, dtype=np.float64)).astype(np.float32)
         facts = {"examples": len(rows), "quarantined": sum(len(manifest.quarantined) for manifest in manifests)}
         stages.context.check()
-        artifacts.publish(self._storage, spec.key, {"query": {"vector": vector}}, facts=facts)
+        artifacts.publish(self._storage, spec.key, {"query": {"vector": vector}}, facts=facts, answer=True)
         return {"coordinates": spec.key, **facts}
 
     def _token_shares(self, spec: TokenSharesSpec, stages: Stages) -> Mapping[str, Any]:

@@ -53,11 +53,13 @@ _ROWS = 32  # of J per task: each repeats the forward, which is small beside 32 
 class Stages:
     """Bound to one job: its context hears of progress, and may stop the work at any task."""
 
-    def __init__(self, storage: Storage, pool: Pool, context: JobContext) -> None:
+    def __init__(self, storage: Storage, pool: Pool, context: JobContext, *, careful: bool = False) -> None:
+        """``careful``: something is damaged, so look at the parts of a curvature too before taking it for there."""
         self.storage = storage
         self._pool = pool
         self.context = context
         self._told: set[str] = set()  # smaller token budgets that have been logged
+        self._careful = careful
         self.prefix = ""  # in front of every stage's name: which checkpoint it is about
 
     # --- rows ---------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Stages:
         chosen = sample_rows(ids, spec.examples, spec.seed)
         about = [codec.to_plain(each) for each in (reading, tracked, spec)]
         key = codec.digest([FORMAT, "curvature", *about, [ids[row] for row in chosen]])
-        if artifacts.find(self.storage, key) is not None:
+        if self._is_there(key):
             return key
         size = max(_SMALLEST_PART, -(-len(chosen) // _PARTS))
         parts = [(dataset, chosen[start : start + size]) for start in range(0, len(chosen), size)]
@@ -216,12 +218,18 @@ class Stages:
         artifacts.publish(self.storage, key, {}, facts=facts)
         return key
 
+    def _is_there(self, curvature: str) -> bool:
+        known = artifacts.made(self.storage, curvature)
+        parts = known.facts.items() if known is not None and self._careful else ()
+        named = [str(key) for fact, key in parts if fact.startswith((EIGEN, LAMBDA))]
+        return known is not None and all(artifacts.made(self.storage, key) is not None for key in named)
+
     def narrowed(self, curvature: str, p: int | None, scouts: Sequence[str]) -> str:
         """The curvature with p eigenvectors per side of every module; None: itself."""
         if p is None:
             return curvature
         key = codec.digest([FORMAT, "narrowed", curvature, p, list(scouts)])
-        if artifacts.find(self.storage, key) is not None:
+        if self._is_there(key):
             return key
         names = modules(self.storage, curvature)
         works = [NarrowWork(curvature, name, p, tuple(scouts)) for name in names]
@@ -257,7 +265,7 @@ class Stages:
     def store(self, key: list[Any], stem: str, tensors: Mapping[str, Any]) -> str:
         """A small artifact that the dispatcher makes itself; one that is there already stays as it is."""
         name = codec.digest([FORMAT, *key])
-        if artifacts.find(self.storage, name) is None:
+        if artifacts.made(self.storage, name) is None:
             artifacts.publish(self.storage, name, {stem: tensors})
         return name
 

@@ -42,7 +42,7 @@ def compute(
             total["shares"] = total["shares"] + held["shares"]
     assert total is not None  # noqa: S101  (a run has a point)
     stages.context.check()
-    artifacts.publish(stages.storage, key, {FILE: total})
+    artifacts.publish(stages.storage, key, {FILE: total}, answer=True)
     return int((total["lengths"] > 0).sum())
 
 

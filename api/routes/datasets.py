@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 from typing import Annotated, Any, BinaryIO, Literal, cast
 
@@ -13,11 +14,13 @@ from api.problems import documented
 from api.schemas import DatasetIn, Items, QuarantinePage
 from service import datasets
 from service.contracts import DatasetRecord, Quarantined
-from service.errors import Conflict, Invalid, TooLarge
+from service.errors import Conflict, Damaged, Invalid, TooLarge
 from service.registry import DATASETS, check_id
 from service.storage import inside_roots
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+log = logging.getLogger(__name__)
 
 _IN_MEMORY = 16 << 20  # larger uploads wait on disk
 
@@ -71,7 +74,8 @@ async def upload_dataset(
 ) -> DatasetRecord:
     """Stream the body in; nothing is stored unless the whole file is accepted.
 
-    The same content under the same id is no error, so an upload that was cut off can simply be sent again.
+    The same content under the same id is no error, so an upload that was cut off can simply be sent again; it
+    puts back what is missing or damaged of a dataset.
     """
     check_id(dataset_id, param="id")
     limit = services.settings.max_upload_bytes
@@ -128,7 +132,14 @@ def _store(
         max_bytes=services.settings.max_upload_bytes,
         max_line_bytes=services.settings.max_line_bytes,
     )
-    if services.registry.find(DATASETS, dataset_id) is None:
+    try:
+        held = services.registry.find(DATASETS, dataset_id)
+    except Damaged:
+        held = datasets.adopt(services.storage, dataset_id, parsed)
+        if held is None:
+            raise
+        services.registry.restore(DATASETS, dataset_id, held)
+    if held is None:
         record = datasets.publish(services.storage, dataset_id, parsed)
         with contextlib.suppress(Conflict):  # somebody else was faster: what they sent is compared below
             services.registry.add(DATASETS, dataset_id, record)
@@ -137,4 +148,6 @@ def _store(
     if not datasets.same_content(known, parsed):
         detail = f"There is a dataset {dataset_id!r} with other content. Choose another id."
         raise Conflict("dataset_exists", detail, param="id")
+    for name in datasets.mend(services.storage, known, parsed):
+        log.warning("%s was damaged, and is put back from the same content", name)
     return known

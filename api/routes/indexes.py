@@ -10,8 +10,10 @@ from api.routes.datasets import quarantine_page
 from api.schemas import IndexIn, Items, QuarantinePage, QuerySetsIn
 from service import codec, indexes
 from service.contracts import IndexRecord, JobRecord
+from service.damage import asking, published
 from service.planning import ExtendRequest, IndexRequest, plan_estimate, plan_extension, plan_index
 from service.registry import INDEXES
+from service.specs import RepairSpec, VerifySpec
 from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
@@ -68,4 +70,27 @@ def get_quarantine(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> QuarantinePage:
     record = indexes.resolve(services.registry, reference)
-    return quarantine_page(indexes.quarantined(services.storage, services.registry, record), offset, limit)
+    with asking(lambda: record.id):
+        aside = indexes.quarantined(services.storage, services.registry, record)
+    return quarantine_page(aside, offset, limit)
+
+
+@router.post("/{reference}/verify", status_code=202, summary="Is every file intact?", responses=documented(404))
+def verify_index(reference: str, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a check of the sha256 of every file that the version needs. The job's result: ``files``, ``bytes``,
+    ``damaged`` and ``damage``: file, what (missing, changed, unreadable), belongs_to, owner.
+    """
+    spec = VerifySpec(published(services.storage, services.registry, reference))
+    return accepted(response, services.jobs.submit(JobKind.VERIFY_INDEX, spec))
+
+
+@router.post(
+    "/{reference}/repair", status_code=202, summary="Make what is damaged again", responses=documented(404, 503)
+)
+def repair_index(reference: str, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a repair: what is damaged is computed again from what is intact, and takes its place when it is the
+    same, byte for byte. Otherwise the job fails with ``cannot_repair_exactly`` or ``cannot_repair``, which say what
+    to do.
+    """
+    spec = RepairSpec(published(services.storage, services.registry, reference))
+    return accepted(response, services.jobs.submit(JobKind.REPAIR_INDEX, spec))

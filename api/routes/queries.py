@@ -44,7 +44,7 @@ router = APIRouter(prefix="/v1/queries", tags=["queries"])
             "model": JobRecord,
             "description": "What the answer needs is being computed; ask again when it is done",
         },
-        **documented(404, 422, 500),
+        **documented(404, 422, 503),
     },
 )
 def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut | JobRecord:
@@ -85,7 +85,7 @@ def each(body: QueryIn, services: ServicesDep) -> Items[QueryOut | JobRecord]:
     summary="Which tokens of these examples does their score come from?",
     responses={
         202: {"model": JobRecord, "description": "The shares are being computed; ask again when it is done"},
-        **documented(404, 422, 500),
+        **documented(404, 422, 503),
     },
 )
 def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Items[TokenSharesOut] | JobRecord:
