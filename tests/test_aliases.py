@@ -57,6 +57,7 @@ def stocked(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactor
     """A storage with some versions, to be copied: making it costs dozens of fsyncs."""
     folder = tmp_path_factory.mktemp("stocked")
     maker = World(redis_server.url, Storage(str(folder)))
+    maker.redis.flushall()  # of what another module has left there
     shelf.add(maker.registry, "a@v1", "a@v2", "a@v3", "b@v1")
     maker.redis.close()
     return folder
