@@ -471,6 +471,24 @@ def test_a_build_that_meets_damage_makes_it_again(
     assert {name: now.get(name) for name in whole} == whole
 
 
+def test_an_estimate_counts_what_is_damaged_and_changes_nothing(
+    world: Whole, index: IndexRecord, whole: dict[str, bytes]
+) -> None:
+    spec = indexes.read_build(world.storage, index.id).spec
+
+    def estimate() -> list[str]:
+        job = world.lab.jobs.submit(JobKind.ESTIMATE_INDEX, {"build": {**spec, "name": "e", "version": 1}})
+        return [stage["name"] for stage in world.run_job(job)["stages"]]
+
+    assert "checkpoint 2 of 2: rows" not in estimate()
+    damage(world, f"{basis_of(world, index)}/artifact.json", files_of(world, index)["shard.json"])
+    for _ in range(2):
+        before = world.everything()
+        assert {"checkpoint 2 of 2: choosing coordinates", "checkpoint 2 of 2: rows"} <= set(estimate())
+        assert world.everything() == before
+        results.mark(world.storage, basis_of(world, index))
+
+
 def test_a_damaged_answer_is_asked_for_again(world: Whole, index: IndexRecord, whole: dict[str, bytes]) -> None:
     before = world.everything().keys()
     for ask in (lambda: world.ask("loss", index.id), lambda: world.tokens(index.id)):

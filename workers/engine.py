@@ -52,6 +52,8 @@ class RayEngine:
                 return repair.summary(repair.check(self._storage, self._registry, spec.index, context))
             case JobKind.REPAIR_INDEX:
                 return self._repair_index(codec.from_plain(RepairSpec, job.spec), context)
+            case JobKind.ESTIMATE_INDEX:  # changes nothing in storage, so it mends nothing
+                return self._estimate_index(codec.from_plain(EstimateSpec, job.spec), context)
         with asking(lambda: job.spec.get("index") or job.spec.get("source")):
             return repair.healing(self._storage, context, lambda careful: self._run(job, context, careful))
 
@@ -60,8 +62,6 @@ class RayEngine:
         match job.kind:
             case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
                 return self._publish(job, self._manifest(job.kind, job.spec, stages), stages)
-            case JobKind.ESTIMATE_INDEX:
-                return self._estimate_index(codec.from_plain(EstimateSpec, job.spec), stages.context)
             case JobKind.FIT_CONCEPT:
                 return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
             case JobKind.QUERY_GRADIENT:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, shards
+from service import artifacts, results, shards
 from service.contracts import ArrayInfo, DatasetRecord
+from service.errors import NotFound
 from service.rows import F32
 from service.storage import Storage, sha256_bytes
 from service.terms import IndexKind
@@ -62,16 +63,24 @@ class Overlay(Storage):
         self.root = under.root
         self._under = under
         self._held: dict[str, bytes] = {}
+        self._gone: set[str] = set()
 
     def exists(self, key: str) -> bool:
-        return key in self._held or self._under.exists(key)
+        return key in self._held or (key not in self._gone and self._under.exists(key))
 
     def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        if key in self._gone:
+            raise NotFound("file_not_found", f"Storage has no {key}.", param=key)
         return self._held[key] if key in self._held else self._under.read(key, sha256=sha256)
 
     def write(self, key: str, data: bytes) -> str:
+        self._gone.discard(key)
         self._held[key] = data
         return sha256_bytes(data)
+
+    def remove(self, key: str) -> None:
+        self._held.pop(key, None)
+        self._gone.add(key)
 
     def holds(self, key: str) -> bool:
         """Whether it was written here."""
@@ -110,6 +119,7 @@ class RehearsalPool:
         assert not isinstance(task.work, ShardWork)  # noqa: S101
         weight = self.weights.of(task)
         self.done.append(Rehearsed(task, weight.written, weight.read, weight.files))
+        results.give_up(self._storage, artifacts.folder(task.key))  # a damaged one has other bytes than a rehearsal
         return artifacts.publish(self._storage, task.key, weight.tensors, facts=weight.facts)
 
     def _shard(self, task: Task) -> ShardManifest:
@@ -140,7 +150,8 @@ class RehearsalPool:
         encoding = shards.INT8 if isinstance(work, SumSpec | ReadOffSpec) else shards.HALF
         stored = tuple(ShardArray(info, encoding, "", "") for info in arrays)
         manifest = ShardManifest(task.key, work, ids, (), (), 0, stored, {}, {})  # pyright: ignore[reportArgumentType]
-        self._storage.write(f"{shards.folder(task.key)}/{shards.MANIFEST}", codec.encode(manifest).encode())
+        self._storage.write(f"{shards.folder(task.key)}/{shards.MANIFEST}", results.sealed(manifest))
+        self._storage.remove(f"{shards.folder(task.key)}/{results.MARK}")
         written = _bytes(len(ids), stored) + _MANIFEST_BYTES + _ID_BYTES * len(ids)
         self.done.append(Rehearsed(task, written, read, 2 * len(stored) + 1))
         return manifest
