@@ -394,6 +394,26 @@ def test_many_different_strings_and_few_are_read_alike(memory: Storage, monkeypa
     assert parts.field("few").to_pylist() == examples.field("few").to_pylist()
 
 
+def test_fields_of_more_rows_than_one_row_group_holds(memory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_GROUP", 100)
+    rows = [{"s": f"s{n // 90 % 9}" if n % 7 else None, "i": n, "b": n % 3 == 0, "f": n / 2} for n in range(1000)]
+    examples = opened(memory, [{"text": f"t{n}", **row} for n, row in enumerate(rows)])
+    for name in rows[0]:
+        assert examples.field(name).to_pylist() == [row[name] for row in rows]
+
+
+def test_columns_that_arrow_has_cut_still_make_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [Example(f"{n:064x}", Completion("q", f"a{n}"), {"n": n}, (Place("f", n),)) for n in range(200)]
+    make = pa.Table.from_pydict
+
+    def cut(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
+        return pa.concat_tables([make(columns, schema).slice(0, 50), make(columns, schema).slice(50)])
+
+    monkeypatch.setattr(texts.pa, "Table", type("Cut", (), {"from_pydict": staticmethod(cut)}))
+    found = texts.Texts(texts.pack(items)).take(range(200))
+    assert [text.metadata["n"] for text in found] == list(range(200))
+
+
 def test_long_strings_of_few_kinds_survive_the_dictionary_of_the_file(memory: Storage) -> None:
     rows = [{"text": f"t{n}", "s": f"{n % 40} " * 20_000} for n in range(200)]  # more than a dictionary page holds
     assert opened(memory, rows).field("s").to_pylist() == [row["s"] for row in rows]
