@@ -25,6 +25,7 @@ DEEPEST = 3  # keys from the top of the metadata to a value
 MOST = 256  # fields of a dataset, and again as many that are named with why they are none
 RESERVED = frozenset(["id", "any"])  # names that mean something else in a filter
 FEW = 1 << 16  # distinct strings up to which a column is kept as numbers into a dictionary
+_GROUP = 1 << 20  # rows
 _FIELDS = b"whence.fields"
 _SHOWN = 20  # fields listed in an error
 _INT64 = range(-(2**63), 2**63)
@@ -207,7 +208,8 @@ def _write(columns: list[pa.Array], infos: list[FieldInfo], left_out: int) -> by
     table = pa.Table.from_arrays(columns, names).replace_schema_metadata({_FIELDS: json.dumps(about)})
     few = [name for name, info in zip(names, infos, strict=False) if 0 < info.distinct <= FEW]
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=few, write_statistics=False)  # pyright: ignore[reportArgumentType]
+    options: Any = {"use_dictionary": few, "write_statistics": False, "row_group_size": _GROUP}
+    pq.write_table(table, sink, compression="zstd", **options)
     return sink.getvalue()
 
 

@@ -17,7 +17,7 @@ I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 
 WIDTH = 64
-_BLOCK = 1 << 15  # ids compared at once: what the cache holds
+_LEAST, _MOST = 1 << 9, 1 << 15  # ids compared at once: few behind a gap, at most what the cache holds
 _NEAR = 64  # ids looked through for the next one before all of them are
 _JUMPS = 8  # how often all of them are: an index of several datasets has a jump for each
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -65,7 +65,7 @@ class Finder:
     def _sort(self) -> tuple[U64, I64]:
         """Keys in order, and the positions they are of."""
         keys = _keys(self._words)
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys)
         return keys[order], order
 
     def _looked_up(self, words: U64) -> I64:
@@ -106,13 +106,16 @@ def _in_order(held: U64, asked: U64) -> I64 | None:
     gaps, jumps = _NEAR + len(asked) // 100, _JUMPS
     found = np.empty(len(asked), dtype=np.int64)
     done = at = 0
+    block = _LEAST
     while done < len(asked):
-        length = min(_BLOCK, len(asked) - done, len(held) - at)
+        length = min(block, len(asked) - done, len(held) - at)
         run = _same(held[at : at + length], asked[done : done + length])
         found[done : done + run] = np.arange(at, at + run)
         done, at = done + run, at + run
         if run == length and length:
+            block = min(2 * block, _MOST)
             continue
+        block = _LEAST
         start = _find(held[at : at + _NEAR], asked[done])
         if start is None and jumps:
             jumps -= 1

@@ -175,4 +175,4 @@ class Examples:
 
 def select_ids(examples: Examples, wanted: Filter) -> list[str]:
     """The ids of what a filter keeps, in the order of the examples."""
-    return np.char.decode(examples.ids[examples.mask(wanted)], "ascii").tolist()
+    return [item.decode() for item in examples.ids[examples.mask(wanted)].tolist()]

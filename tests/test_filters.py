@@ -70,7 +70,7 @@ POOLS: dict[str, list[Any]] = {
     "i": [0, 1, -1, 2, 7, *BIG],
     "f": [0, -0.0, 1, 1.5, -2.5, 1e300, 2**53, 9007199254740994.0, 5e-324],
     "s": ["", "a", "ab", "abc", "b", "ä", "z", "\U0001f600", "\uffff", "1", "true", "null"],
-    "m": ["1", 1, 1.5, True, "true", "null", "", 2**70, 0],
+    "m": ["1", 1, 1.5, True, "true", "null", "", 2**70, 0, 2.0, -0.0],
     "o.x": ["p", "q"],
     "o.y.z": [1, 2],
 }
@@ -187,6 +187,16 @@ def test_an_absent_value_passes_no_test_but_null_and_not_is_exactly_the_rest(tab
     assert count(table, {"s": {"prefix": ""}}) == n - 2
 
 
+def test_ends_of_a_range_belong_to_it_or_not(table: Examples) -> None:
+    for name in ("s", "i", "f"):
+        for bound in POOLS[name]:
+            at, above, below = (count(table, {name: test}) for test in (bound, {"gt": bound}, {"lt": bound}))
+            assert at > 0
+            assert count(table, {name: {"gte": bound}}) == above + at
+            assert count(table, {name: {"lte": bound}}) == below + at
+            assert above + at + below == len(table) - 2
+
+
 def test_values_of_different_kinds_are_never_the_same(table: Examples) -> None:
     found = {str(value): table.mask(filters.parse({"m": value})) for value in POOLS["m"]}
     for name, mask in found.items():
@@ -194,6 +204,8 @@ def test_values_of_different_kinds_are_never_the_same(table: Examples) -> None:
     assert not (table.mask(filters.parse({"m": "1"})) & table.mask(filters.parse({"m": 1}))).any()
     assert not (table.mask(filters.parse({"m": True})) & table.mask(filters.parse({"m": "true"}))).any()
     assert count(table, {"m": 1.0}) == count(table, {"m": 1})
+    assert count(table, {"m": 2}) == 1
+    assert count(table, {"m": 0}) == 2
     assert count(table, {"m": {"in": [True]}}) != count(table, {"m": {"in": [True, 1]}})
     assert count(table, {"m": "null"}) == 1
 
@@ -374,8 +386,11 @@ def test_a_field_without_values_takes_null_alone() -> None:
 @given(
     values=st.lists(st.integers(-(2**63), 2**63 - 1) | st.sampled_from(BIG), min_size=1, max_size=8),
     bound=st.integers(-(2**65), 2**65) | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(BOUNDS),
+    near=st.booleans(),
 )
-def test_integers_are_compared_exactly(values: list[int], bound: float) -> None:
+def test_integers_are_compared_exactly(values: list[int], bound: float, near: bool) -> None:
+    if near and abs(bound) < 2**62:
+        values = [*values, int(bound) - 1, int(bound), int(bound) + 1]
     compare(np.array(values, dtype=np.int64), values, bound)
 
 
