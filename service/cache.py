@@ -9,11 +9,15 @@ V = TypeVar("V")
 
 
 class LoadingCache(Generic[V]):
-    """Keeps the ``size`` most recently used values. Thread-safe; a load that raises is not remembered."""
+    """Keeps the most recently used values, ``most`` of them by weight. Thread-safe; a load that raises is not
+    remembered. The newest value stays, however heavy it is.
+    """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
+    def __init__(self, most: int, weigh: Callable[[V], int] = lambda _value: 1) -> None:
+        self._most = most
+        self._weigh = weigh
+        self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+        self._weight = 0
         self._loading: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -22,16 +26,19 @@ class LoadingCache(Generic[V]):
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key]
+                return self._values[key][0]
             gate = self._loading.setdefault(key, threading.Lock())
         with gate:
             with self._lock:
                 if key in self._values:
-                    return self._values[key]
+                    return self._values[key][0]
             value = load()  # when it raises, the gate stays for the next one
+            weight = self._weigh(value)
             with self._lock:
-                self._values[key] = value
+                self._values[key] = (value, weight)
+                self._weight += weight
                 self._loading.pop(key, None)
-                while len(self._values) > self._size:
-                    self._values.popitem(last=False)
+                while self._weight > self._most and len(self._values) > 1:
+                    _, (_, lighter) = self._values.popitem(last=False)
+                    self._weight -= lighter
             return value

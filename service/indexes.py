@@ -7,16 +7,18 @@ inputs alone; who built it and when stands beside it in ``build.json``.
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from redis import Redis
 
 from service import codec, datasets, keys, shards
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
 from service.errors import Conflict, NotFound
+from service.examples import Examples
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
 from service.specs import IndexManifest
@@ -149,9 +151,11 @@ def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> li
 class Rows:
     """One array of one index version, in memory: search positions and the example ids they mean."""
 
-    def __init__(self, index: VectorIndex, ids: Sequence[str]) -> None:
+    def __init__(self, index: VectorIndex, ids: Sequence[str], positions: NDArray[np.int64]) -> None:
         self.index = index
         self.ids = ids
+        self.alive: NDArray[np.bool_] | None = None
+        self.positions = positions
 
 
 class IndexLoader:
@@ -163,12 +167,20 @@ class IndexLoader:
         self._rows: LoadingCache[Rows] = LoadingCache(_LOADED)
         self._examples: LoadingCache[ExampleTable] = LoadingCache(_LOADED)
         self._manifests: LoadingCache[IndexManifest] = LoadingCache(_LOADED)
+        self._all: LoadingCache[Examples] = LoadingCache(_LOADED)
 
     def rows(self, record: IndexRecord, array: ArrayInfo) -> Rows:
         """One array of ``record.arrays``. Raises Damaged when a file is corrupt."""
         return self._rows.get((record.id, array), lambda: self._load(record, array))
 
-    def examples(self, dataset: DatasetRecord) -> "ExampleTable":
+    @overload
+    def examples(self, dataset: DatasetRecord) -> "ExampleTable": ...
+    @overload
+    def examples(self, dataset: IndexRecord) -> Examples: ...
+    def examples(self, dataset: DatasetRecord | IndexRecord) -> "ExampleTable | Examples":
+        if isinstance(dataset, IndexRecord):  # stand-in of branch rank: take theirs
+            held = self._of_record(dataset)
+            return self._all.get(dataset.id, lambda: Examples(datasets.read_table(self._storage, held)))
         return self._examples.get(dataset.id, lambda: ExampleTable(datasets.read_table(self._storage, dataset)))
 
     def manifest(self, record: IndexRecord) -> IndexManifest:
@@ -188,7 +200,11 @@ class IndexLoader:
             exponents.append(powers[kept] if others else powers)
             ids += [manifests[own].ids[row] for row in kept]
         index = VectorIndex(np.concatenate(packed), np.concatenate(exponents), threads=self._threads)
-        return Rows(index, ids)
+        dataset = datasets.read_table(self._storage, self._of_record(record))
+        return Rows(index, ids, Examples(dataset).positions([item.encode() for item in ids]))
+
+    def _of_record(self, record: IndexRecord) -> DatasetRecord:
+        return codec.decode(DatasetRecord, self._storage.read(f"datasets/{record.dataset}/record.json"))
 
 
 class ExampleTable:

@@ -4,6 +4,7 @@ A scan runs at memory speed and its recall is that of float16 rounding; approxim
 quarter of the true top 100 on inner products (docs/decisions/0003).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from service.errors import Invalid
 from service.rows import F16, F32, I16, unpack
 
+_BLOCK = 4096  # rows decoded at a time
 _HEADROOM = 8  # rows up to 2^8 times the typical size share the common scale
 
 
@@ -43,6 +45,7 @@ class VectorIndex:
             packed[self._outliers] = 0
             below = np.flatnonzero(shift < 0)
             packed[below] = np.ldexp(packed[below], shift[below, None])
+        self._packed = np.array(packed)
         self._faiss = _flat_fp16(packed, threads)
 
     def search(self, query: F32, k: int) -> TopK:
@@ -61,6 +64,19 @@ class VectorIndex:
             order = np.argsort(-values, kind="stable")[:k]
             found, values = found[order], values[order]
         return TopK(found, values.astype(np.float32))
+
+    def scores(self, query: F32) -> F32:
+        """⟨query, row⟩ of every row, (n,) float32."""
+        query = self._check(query)
+        return np.concatenate([np.zeros(0, np.float32), *(block @ query for block in self._blocks())])
+
+    def _blocks(self) -> Iterator[F32]:
+        for start in range(0, self.n, _BLOCK):
+            stop = min(start + _BLOCK, self.n)
+            rows = unpack(self._packed[start:stop], np.full(stop - start, self._exponent, dtype=np.int16))
+            here = (self._outliers >= start) & (self._outliers < stop)
+            rows[self._outliers[here] - start] = self._outlier_rows[here]
+            yield rows
 
     def _check(self, query: F32) -> F32:
         if query.shape != (self.d,) or not np.isfinite(query).all():
