@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from api import problems
 from api.dependencies import Services
-from api.routes import concepts, datasets, health, indexes, jobs, models, queries
+from api.routes import concepts, datasets, health, indexes, jobs, models, queries, rankings
 from api.version import VERSION
 from service.errors import DomainError, Unavailable
 from service.indexes import IndexLoader
@@ -24,6 +24,7 @@ from service.redis_server import connect
 from service.registry import Registry
 from service.settings import Settings, load_settings
 from service.storage import Storage
+from service.whole import WholeRankings
 
 _DESCRIPTION = """
 Which training examples pushed this model toward this concept?
@@ -42,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     registry.rebuild()
     work = Jobs(redis)
     loader = IndexLoader(storage, threads=settings.search_threads)
+    ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
     app.state.services = Services(
         settings=settings,
@@ -49,10 +51,11 @@ def create_app(settings: Settings) -> FastAPI:
         storage=storage,
         registry=registry,
         jobs=work,
-        queries=QueryService(registry, storage, work, loader, shard_size=settings.shard_size),
+        queries=ranked,
+        whole=WholeRankings(ranked, loader),
     )
     problems.install(app)
-    for module in (models, datasets, indexes, concepts, queries, jobs, health):
+    for module in (models, datasets, indexes, concepts, queries, rankings, jobs, health):
         app.include_router(module.router)
     return app
 

@@ -183,14 +183,15 @@ class ConceptIn(Request):
     )
 
 
-class QueryIn(Request):
+class AskedIn(Request):
+    """What is ranked and by what: common to all questions about a ranking."""
+
     index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
     concept: str | None = Field(
         None, description="Id of a concept; left out with influence_function", examples=["hostile"]
     )
     method: Method = Method.VECTOR_FILTER
     order: Order = Field(Order.MOST, description="'most': those that push toward the concept first")
-    k: int = Field(50, ge=1, description="How many examples")
     query_set: str | None = Field(
         None, description="Dataset Q on which f_v or the loss is measured; may be left out where there is only one"
     )
@@ -203,6 +204,10 @@ class QueryIn(Request):
     through: IndexKind | None = Field(
         None, description="'gradient' or 'influence'. Default: embeddings where the index has them"
     )
+
+
+class QueryIn(AskedIn):
+    k: int = Field(50, ge=1, description="How many examples")
 
 
 class TokenQueryIn(Request):

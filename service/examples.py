@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from service import datasets
 from service.contracts import Example
+from service.errors import Invalid
 
 
 class Examples:
@@ -24,8 +25,17 @@ class Examples:
     def take(self, positions: NDArray[np.int64]) -> list[Example]:
         return datasets.to_examples(self._table.take(pa.array(positions)))
 
-    def positions(self, ids: Sequence[bytes]) -> NDArray[np.int64]:
+    def positions(self, ids: Sequence[bytes] | NDArray[np.bytes_]) -> NDArray[np.int64]:
         return np.array([self._row.get(bytes(item), -1) for item in ids], dtype=np.int64)
 
+    def stored(self, names: Sequence[str]) -> pa.Table:
+        """Of all examples, as at rest: columns ``metadata`` (JSON text) and ``places`` (lists of file, line)."""
+        return self._table.select(list(names))
+
     def field(self, name: str) -> list[Any]:
-        return [json.loads(text).get(name) for text in self._table.column("metadata").to_pylist()]
+        read = [json.loads(text) for text in self._table.column("metadata").to_pylist()]
+        known = sorted({key for item in read for key in item})
+        if name not in known:
+            detail = f"No example has metadata {name!r}; there is: {', '.join(known) or 'none'}."
+            raise Invalid("unknown_field", detail, param="filter", context={"fields": known})
+        return [item.get(name) for item in read]

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import artifacts, codec, concepts, indexes, token_shares
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
@@ -78,6 +79,19 @@ class Answer:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A query with every name resolved, and the rows that answer it. ``mask`` (n,): those that may be ranked."""
+
+    index: IndexRecord
+    asked: Asked
+    matched: Matched
+    rows: Rows
+    mask: NDArray[np.bool_] | None  # None: all
+    fidelity: Fidelity | None
+    warnings: tuple[str, ...]
+
+
 class QueryService:
     def __init__(
         self, registry: Registry, storage: Storage, jobs: Jobs, loader: IndexLoader, *, shard_size: int
@@ -94,25 +108,32 @@ class QueryService:
         Raises NotFound for unknown names, Invalid when concept, index and method do not fit together.
         """
         began = time.perf_counter()
+        ready = self.prepare(query)
+        if isinstance(ready, JobRecord):
+            return ready
+        hits, search_ms = self._search(ready.rows, ready.matched.u, query, ready.index)
+        return Answer(
+            hits=hits,
+            index=ready.index,
+            concept=ready.asked.concept,
+            matched=ready.matched,
+            fidelity=ready.fidelity,
+            rows=ready.rows.index.n,
+            search_ms=search_ms,
+            total_ms=1e3 * (time.perf_counter() - began),
+            warnings=ready.warnings,
+        )
+
+    def prepare(self, query: Query) -> Prepared | JobRecord:
+        """What the query is multiplied with, or the job that must compute it first. Raises as ``run``."""
         index = indexes.resolve(self._registry, query.index)
         asked = self._resolve(query, index)
         found = match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
-        hits, search_ms = self._search(rows, found.u, query, index)
         fidelity = _fidelity(index, asked, found)
-        return Answer(
-            hits=hits,
-            index=index,
-            concept=asked.concept,
-            matched=found,
-            fidelity=fidelity,
-            rows=rows.index.n,
-            search_ms=search_ms,
-            total_ms=1e3 * (time.perf_counter() - began),
-            warnings=_warnings(asked, index, found, fidelity),
-        )
+        return Prepared(index, asked, found, rows, rows.alive, fidelity, _warnings(asked, index, found, fidelity))
 
     def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
         """What every token of these examples adds to their score, or the job that computes it.

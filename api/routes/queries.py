@@ -19,9 +19,10 @@ from api.schemas import (
     TokenQueryIn,
     TokenSharesOut,
 )
-from service.contracts import IndexRecord, JobRecord
+from service.contracts import Fidelity, IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
+from service.matching import Matched
 from service.queries import Answer, Query
 from service.terms import IndexKind, Order
 
@@ -85,9 +86,23 @@ def _tracked(index: IndexRecord, kind: IndexKind) -> dict[str, Any]:
     return {name: getattr(index, name) for name in ("modules", "blocks", "stride", "lora")}
 
 
+def provenance(index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> Provenance:
+    """What stands behind the scores."""
+    measured: Any = fidelity
+    return Provenance(
+        kind=found.array.kind,
+        layer=found.array.layer,
+        query_set=found.query_set,
+        damping=found.damping,
+        points=found.points,
+        captured=found.captured,
+        **_tracked(index, found.array.kind),
+        fidelity=None if measured is None else FidelityOut.model_validate(measured, from_attributes=True),
+    )
+
+
 def _present(body: QueryIn, answer: Answer) -> QueryOut:
     concept: Any = answer.concept
-    fidelity: Any = answer.fidelity
     found = answer.matched
     return QueryOut(
         index=answer.index.id,
@@ -96,16 +111,7 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
         method=body.method,
         order=body.order,
         concept=None if concept is None else ConceptUsed.model_validate(concept, from_attributes=True),
-        provenance=Provenance(
-            kind=found.array.kind,
-            layer=found.array.layer,
-            query_set=found.query_set,
-            damping=found.damping,
-            points=found.points,
-            captured=found.captured,
-            **_tracked(answer.index, found.array.kind),
-            fidelity=None if fidelity is None else FidelityOut.model_validate(fidelity, from_attributes=True),
-        ),
+        provenance=provenance(answer.index, found, answer.fidelity),
         rows=answer.rows,
         dims=found.array.dims,
         hits=[
