@@ -32,7 +32,7 @@ def asked(
         IndexKind | None, typer.Option(help="influence or gradient. Default: embeddings where there are any.")
     ] = None,
 ) -> dict[str, Any]:
-    """The fields of ``api.schemas.AskedIn``."""
+    """The fields of ``api.schemas.QuestionIn``."""
     return {
         "index": index,
         "concept": concept,

@@ -254,7 +254,7 @@ class Client:
     ) -> CompareOut | JobRecord:
         """Two rankings side by side, or a job that must end first: then ask again.
 
-        ``a`` and ``b`` as in ``api.schemas.AskedIn`` (index, concept, method, …).
+        ``a`` and ``b`` as in ``api.schemas.QuestionIn`` (index, concept, method, …).
         """
         body = {"a": dict(a), "b": dict(b), "k": k, "movers": movers}
         response = self._send("POST", "/v1/compare", json=body)

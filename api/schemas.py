@@ -183,8 +183,8 @@ class ConceptIn(Request):
     )
 
 
-class AskedIn(Request):
-    """What is ranked and by what: common to all questions about a ranking."""
+class QuestionIn(Request):
+    """What every question about an index has: the direction, the method, and which examples are ranked."""
 
     index: str = Field(description="'name' for the newest version, 'name@v3' for that one", examples=["november"])
     concept: str | None = Field(
@@ -206,7 +206,7 @@ class AskedIn(Request):
     )
 
 
-class QueryIn(AskedIn):
+class QueryIn(QuestionIn):
     k: int = Field(50, ge=1, description="How many examples")
 
 

@@ -4,18 +4,18 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from api.schemas import AskedIn, ConceptUsed, Provenance, Request
+from api.schemas import ConceptUsed, Provenance, QuestionIn, Request
 from service.contracts import Place
 from service.terms import GroupSort, Method, Order
 
 
-class ScoresIn(AskedIn):
+class ScoresIn(QuestionIn):
     """A query for all examples."""
 
     metadata: bool = Field(False, description="Add a column with each example's metadata as JSON")
 
 
-class GroupsIn(AskedIn):
+class GroupsIn(QuestionIn):
     """A query for groups of examples."""
 
     group_by: str = Field(description="Metadata field whose values make the groups", examples=["topic"])
@@ -29,8 +29,8 @@ class GroupsIn(AskedIn):
 class CompareIn(Request):
     """Two queries: methods, concepts, versions, or whatever else they differ in."""
 
-    a: AskedIn
-    b: AskedIn
+    a: QuestionIn
+    b: QuestionIn
     k: int = Field(100, ge=1, description="Overlap of the first k; that at 10, 100 and 1000 comes with it")
     movers: int = Field(20, ge=0, le=1000, description="How many examples that moved most, each way")
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +31,17 @@ class Examples:
         """Of all examples, as at rest: columns ``metadata`` (JSON text) and ``places`` (lists of file, line)."""
         return self._table.select(list(names))
 
-    def field(self, name: str) -> list[Any]:
+    def fields(self) -> dict[str, str]:
         read = [json.loads(text) for text in self._table.column("metadata").to_pylist()]
-        known = sorted({key for item in read for key in item})
-        if name not in known:
-            detail = f"No example has metadata {name!r}; there is: {', '.join(known) or 'none'}."
-            raise Invalid("unknown_field", detail, param="filter", context={"fields": known})
-        return [item.get(name) for item in read]
+        kinds = {key: {type(row[key]) for row in read if row.get(key) is not None} for row in read for key in row}
+        return {key: "mixed" if len(types) > 1 else next(iter(types)).__name__ for key, types in kinds.items()}
+
+    def field(self, name: str, *, param: str = "field") -> pa.ChunkedArray:
+        fields = self.fields()
+        if name not in fields:
+            detail = f"No example has metadata {name!r}; there is: {', '.join(fields) or 'none'}."
+            raise Invalid("unknown_field", detail, param=param, context={"fields": list(fields)})
+        values = [json.loads(text).get(name) for text in self._table.column("metadata").to_pylist()]
+        if fields[name] == "mixed":
+            values = [None if value is None else json.dumps(value) for value in values]
+        return pa.chunked_array([pa.array(values)])

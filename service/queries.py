@@ -88,8 +88,14 @@ class Prepared:
     matched: Matched
     rows: Rows
     mask: NDArray[np.bool_] | None  # None: all
-    fidelity: Fidelity | None
-    warnings: tuple[str, ...]
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        return _fidelity(self.index, self.asked, self.matched)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return _warnings(self.asked, self.index, self.matched, self.fidelity)
 
 
 class QueryService:
@@ -132,8 +138,7 @@ class QueryService:
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
-        fidelity = _fidelity(index, asked, found)
-        return Prepared(index, asked, found, rows, rows.alive, fidelity, _warnings(asked, index, found, fidelity))
+        return Prepared(index, asked, found, rows, rows.alive)
 
     def tokens(self, query: Query, examples: tuple[str, ...]) -> list[TokenShares] | JobRecord:
         """What every token of these examples adds to their score, or the job that computes it.

@@ -51,8 +51,8 @@ def average_ranks(values: Scores) -> F64:
 
 
 def percentiles(scores: Scores) -> F64:
-    """(n,) the share of examples with a lower score, in percent; of equal scores (its own is one) half count."""
-    return 100 * (average_ranks(scores) - 0.5) / max(1, len(scores))
+    """(n,) the share of all n examples with a lower score, from 0 to below 100; equal scores share the mean."""
+    return 100 * (average_ranks(scores) - 1) / max(1, len(scores))
 
 
 def z_scores(scores: Scores) -> F64:
@@ -122,37 +122,6 @@ def grouped(
     return groups, len(present)
 
 
-def coded(values: Sequence[Any]) -> tuple[I64, list[Any]]:
-    """JSON values → (n,) places in the list of those that differ, in order of appearance.
-
-    Numbers that are equal are one value (1 and 1.0); true is not 1.
-    """
-    places: dict[Any, int] = {}
-    names: list[Any] = []
-    codes = np.empty(len(values), dtype=np.int64)
-    for row, value in enumerate(values):
-        key = _key(value)
-        place = places.get(key)
-        if place is None:
-            place = places[key] = len(names)
-            names.append(value)
-        codes[row] = place
-    return codes, names
-
-
-def _key(value: Any) -> Any:
-    """Hashable, and equal for equal JSON values only."""
-    match value:
-        case bool():
-            return (bool, value)
-        case list():
-            return (list, *map(_key, value))
-        case dict():
-            return (dict, frozenset((name, _key(item)) for name, item in value.items()))
-        case _:
-            return value
-
-
 # --- two rankings -------------------------------------------------------------------------------------------
 
 
@@ -205,7 +174,7 @@ def compared(a: Scores, b: Scores, k: int, movers: int) -> Comparison:
         overlaps.append(Overlap(size, both / size, size / n))
     average_a, average_b = average_ranks(a), average_ranks(b)
     moved = average_b - average_a  # in ranks: those of equal scores are not moved by the order of rows
-    percent_a, percent_b = 100 * (average_a - 0.5) / n, 100 * (average_b - 0.5) / n
+    percent_a, percent_b = 100 * (average_a - 1) / n, 100 * (average_b - 1) / n
 
     def largest(difference: F64) -> tuple[Mover, ...]:
         rows = np.argsort(-difference, kind="stable")[:movers].tolist()

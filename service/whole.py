@@ -5,11 +5,14 @@ query stops at the best k.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from service.cache import LoadingCache
 from service.contracts import Example, JobRecord
@@ -17,7 +20,7 @@ from service.errors import DomainError, Invalid
 from service.examples import Examples
 from service.indexes import IndexLoader
 from service.queries import Prepared, Query, QueryService
-from service.rankings import I64, Comparison, Group, Mover, coded, compared, grouped, strengths
+from service.rankings import I64, Comparison, Group, Mover, compared, grouped, strengths
 from service.rows import F32
 from service.terms import GroupSort, Order
 
@@ -82,13 +85,12 @@ class WholeRankings:
     def groups(self, query: Query, field: str, *, by: GroupSort, limit: int) -> Grouped | JobRecord:
         """Examples by their value of a metadata field; ``k`` of the query: the top that shares are of.
 
-        Raises Invalid for a field that no example has.
+        Raises Invalid (``unknown_field``) for one that no example has, naming those there are.
         """
         scored = self.scores(query)
         if isinstance(scored, JobRecord):
             return scored
-        with _blaming("group_by"):
-            codes, names = coded(scored.examples.field(field))
+        codes, names = _coded(scored.examples, field)
         codes = codes[scored.positions]
         groups, total = grouped(scored.scores, codes, names, query.k, order=query.order, by=by, limit=limit)
         return Grouped(scored, tuple(groups), total, min(query.k, len(scored.scores)))
@@ -98,17 +100,17 @@ class WholeRankings:
 
         An error names its side: ``param`` is ``b.concept`` and the like.
         """
-        with _blaming("a", prefix=True):
+        with _blaming("a"):
             ready_a = self._queries.prepare(a)
-        with _blaming("b", prefix=True):
+        with _blaming("b"):
             ready_b = self._queries.prepare(b)
         for ready in (ready_a, ready_b):
             if isinstance(ready, JobRecord):  # the other's, if it needs one too, is queued as well
                 return ready
         assert isinstance(ready_a, Prepared) and isinstance(ready_b, Prepared)  # noqa: S101
-        with _blaming("a", prefix=True):
+        with _blaming("a"):
             scored_a = self._score(ready_a, a.order)
-        with _blaming("b", prefix=True):
+        with _blaming("b"):
             scored_b = self._score(ready_b, b.order)
         in_a, in_b = _common(scored_a, scored_b)
         found = compared(
@@ -144,6 +146,17 @@ def _all_finite(scores: F32) -> F32:
     return scores
 
 
+def _coded(examples: Examples, field: str) -> tuple[I64, list[Any]]:
+    """Of every example its place in the list of values that the field has, and that list; the last one is None."""
+    column = examples.field(field, param="group_by").chunk(0)
+    if not isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_encode()
+    values = column.dictionary.to_pylist()
+    if examples.fields().get(field) == "mixed":  # kept as JSON text
+        values = [json.loads(value) for value in values]
+    return column.indices.fill_null(len(values)).to_numpy().astype(np.int64), [*values, None]
+
+
 def _common(a: Scored, b: Scored) -> tuple[I64, I64]:
     """Places in ``a`` and in ``b`` of the examples that both rank, in the order of ``a``."""
     positions = a.positions
@@ -162,10 +175,10 @@ def _with_examples(examples: Examples, positions: I64, movers: tuple[Mover, ...]
 
 
 @contextmanager
-def _blaming(param: str, *, prefix: bool = False) -> Iterator[None]:
-    """Errors in here are about ``param`` of the request, or about a field within it."""
+def _blaming(side: str) -> Iterator[None]:
+    """Errors in here are about one side of the request, or about a field of it."""
     try:
         yield
     except DomainError as error:
-        error.param = f"{param}.{error.param}" if prefix and error.param else param
+        error.param = f"{side}.{error.param}" if error.param else side
         raise

@@ -196,7 +196,7 @@ def test_the_file_holds_every_example_in_the_order_of_its_score(
     assert [row["rank"] for row in rows] == list(range(1, 10))
     assert [row["example_id"] for row in rows] == [shelf.ids[row] for row in best]
     assert [row["score"] for row in rows] == pytest.approx(exact[best], rel=1e-5)
-    below = [stats.percentileofscore(exact, score, kind="mean") for score in exact[best]]
+    below = [stats.percentileofscore(exact, score, kind="strict") for score in exact[best]]
     assert [row["percentile"] for row in rows] == pytest.approx(below)
     assert [row["z_score"] for row in rows] == pytest.approx(stats.zscore(exact)[best], rel=1e-5)
     assert [(row["file"], row["line"]) for row in rows] == [("f.jsonl", row + 1) for row in best]
@@ -518,8 +518,8 @@ def test_two_concepts_are_compared_as_scipy_would(client: Client, shelf: Topics)
         for mover in listed:
             row = shelf.ids.index(mover.example_id)
             assert (mover.rank_a, mover.rank_b) == (rank_x[row], rank_y[row])
-            assert mover.percentile_a == pytest.approx(stats.percentileofscore(x, x[row], kind="mean"))
-            assert mover.percentile_b == pytest.approx(stats.percentileofscore(y, y[row], kind="mean"))
+            assert mover.percentile_a == pytest.approx(stats.percentileofscore(x, x[row], kind="strict"))
+            assert mover.percentile_b == pytest.approx(stats.percentileofscore(y, y[row], kind="strict"))
             assert (mover.text, mover.metadata["n"]) == (f"example {row}", row)
             assert mover.places[0].line == row + 1
 

@@ -1,5 +1,6 @@
 """The question that Whence exists for."""
 
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -14,6 +15,7 @@ from api.schemas import (
     Provenance,
     QueryIn,
     QueryOut,
+    QuestionIn,
     Timing,
     TokenOut,
     TokenQueryIn,
@@ -44,7 +46,7 @@ def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut 
     """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
     if body.k > services.settings.max_k:
         raise Invalid("k_too_large", f"k may be {services.settings.max_k} at most.", param="k")
-    found = services.queries.run(Query(**body.model_dump()))
+    found = services.queries.run(question(body, body.k))
     return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
 
 
@@ -75,6 +77,12 @@ def tokens(body: TokenQueryIn, services: ServicesDep, response: Response) -> Ite
             for item, one in zip(body.examples, found, strict=True)
         ]
     )
+
+
+def question(body: QuestionIn, k: int) -> Query:
+    """The domain's form of a question."""
+    own = {each.name for each in dataclasses.fields(Query)}
+    return Query(**{**{name: value for name, value in body if name in own}, "k": k})
 
 
 def _tracked(index: IndexRecord, kind: IndexKind) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Whole rankings: every score as a file, groups of examples, two rankings side by side."""
 
 import json
+import re
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
-from api.routes.queries import provenance
-from api.schemas import AskedIn, ConceptUsed
+from api.routes.queries import provenance, question
+from api.schemas import ConceptUsed
 from api.schemas_rankings import (
     CompareIn,
     CompareOut,
@@ -23,14 +24,15 @@ from api.schemas_rankings import (
 from service import codec, ranking_file
 from service.contracts import JobRecord
 from service.datasets import render
-from service.queries import Query
 from service.whole import Moved, Scored
 
 router = APIRouter(prefix="/v1", tags=["queries"])
 
 PARQUET = "application/vnd.apache.parquet"
 _FILE = {"content": {PARQUET: {}}, "description": "The whole ranking"}
-_EXCERPT = 300  # characters of a mover's text
+_NO_FILE_NAME = re.compile(r"[^A-Za-z0-9@._-]+")
+_LONGEST = 200  # characters of a file's name
+_EXCERPT = 200  # of a mover's text
 _JOB = {
     202: {"model": JobRecord, "description": "What the answer needs is being computed; ask again when it is done"}
 }
@@ -47,7 +49,7 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
     its first place, places (how many) and, on request, metadata as JSON. The schema's metadata tell what was ranked
     and what stands behind it.
     """
-    found = services.whole.scores(_query(body, k=1))
+    found = services.whole.scores(question(body, 1))
     if isinstance(found, JobRecord):
         response = JSONResponse(codec.to_plain(found))
         accepted(response, found)
@@ -61,7 +63,8 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
         "provenance": told.provenance.model_dump_json(),
         "warnings": json.dumps(told.warnings, ensure_ascii=False),
     }
-    name = f"{told.index}-{told.concept.id if told.concept else 'loss'}-{told.method}.parquet"
+    about = told.concept.id if told.concept else "loss"
+    name = _NO_FILE_NAME.sub("_", f"{told.index}-{about}-{told.method}")[:_LONGEST] + ".parquet"
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "Whence-Rows": str(told.rows)}
     pieces = ranking_file.stream(found, facts, metadata=body.metadata)
     return StreamingResponse(pieces, media_type=PARQUET, headers=headers)
@@ -74,7 +77,7 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
 )
 def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsOut | JobRecord:
     """Group all examples by a metadata field: mean and sum of scores, and each group's share of the first k."""
-    found = services.whole.groups(_query(body, k=body.k), body.group_by, by=body.sort, limit=body.limit)
+    found = services.whole.groups(question(body, body.k), body.group_by, by=body.sort, limit=body.limit)
     if isinstance(found, JobRecord):
         return accepted(response, found)
     return GroupsOut(
@@ -90,7 +93,7 @@ def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsO
 @router.post("/compare", summary="Where do two rankings differ?", responses={**_JOB, **documented(404, 422, 500)})
 def compare(body: CompareIn, services: ServicesDep, response: Response) -> CompareOut | JobRecord:
     """Rank correlation, overlap of the first k, and the examples that moved most, over those that both rank."""
-    a, b = _query(body.a, k=body.k), _query(body.b, k=body.k)
+    a, b = question(body.a, body.k), question(body.b, body.k)
     found = services.whole.compare(a, b, k=body.k, movers=body.movers)
     if isinstance(found, JobRecord):
         return accepted(response, found)
@@ -105,10 +108,6 @@ def compare(body: CompareIn, services: ServicesDep, response: Response) -> Compa
         up=list(map(_mover, found.up)),
         down=list(map(_mover, found.down)),
     )
-
-
-def _query(body: AskedIn, *, k: int) -> Query:
-    return Query(**body.model_dump(include=set(AskedIn.model_fields)), k=k)
 
 
 def _ranking(scored: Scored) -> RankingOut:
