@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from api.client import Client, WhenceError
 from api.main import create_app
 from api.schemas_rankings import CompareOut, GroupsOut
 from api.up import free_port
-from service import artifacts, concepts, datasets, ranking_file, shards
+from service import artifacts, concepts, datasets, indexes, ranking_file, shards
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord
 from service.errors import Invalid
 from service.jobs import Jobs
@@ -114,9 +115,7 @@ class Topics(Shelf):
                 )
             )
         gradient = GradientSpec(Tracked(2))
-        monkeypatch.setattr(
-            test_indexes, "SPEC", test_indexes.dataclasses.replace(test_indexes.SPEC, gradient=gradient)
-        )
+        monkeypatch.setattr(test_indexes, "SPEC", replace(test_indexes.SPEC, gradient=gradient))
         return self.publish(name, 1, sections=(Section((GRADIENT,), tuple(map(shards.reference, found))),))
 
 
@@ -538,6 +537,31 @@ def test_versions_are_compared_on_the_examples_that_both_hold(client: Client, sh
     assert turned.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
     rank_x = {shelf.ids[row]: rank for row, rank in zip(kept, np.argsort(np.argsort(-x)) + 1, strict=True)}
     assert {mover.example_id: mover.rank_a for mover in turned.up + turned.down}.items() <= rank_x.items()
+
+
+def test_indexes_of_different_datasets_are_compared_by_example(client: Client, shelf: Topics) -> None:
+    """The same examples in a file of another order, with others before them."""
+    first = shelf.publish("a", 1)
+    lines = [b'{"text": "new %d", "n": 0}\n' % number for number in range(3)]
+    source = b"".join(lines + [line(number) for number in (4, 9, 0, 7, 8, 5, 6, 3, 2, 1)])
+    parsed = datasets.parse(
+        BytesIO(source), "e.jsonl", quarantine_malformed=False, max_bytes=1 << 20, max_line_bytes=1 << 20
+    )
+    other = datasets.publish(shelf.storage, "e", parsed)
+    shelf.registry.add(DATASETS, "e", other)
+    about = {"name": "b", "dataset": "e", "dataset_fingerprint": other.fingerprint}
+    manifest = replace(indexes.read_manifest(shelf.storage, first), **about)
+    indexes.publish(shelf.storage, shelf.registry, replace(first, **about), manifest, {})
+    answer = compare(client, {}, {"index": "b", "concept": "y"}, movers=100)
+    x, y = shelf.exact("x", 1), shelf.exact("y", 1)
+    assert (answer.common, answer.only_a, answer.only_b) == (9, 0, 0)
+    assert answer.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    ranks = dict(zip(shelf.ids, (np.argsort(np.argsort(-y)) + 1).tolist(), strict=False))
+    assert {mover.example_id: mover.rank_b for mover in answer.up + answer.down}.items() <= ranks.items()
+    back = compare(client, {"index": "b", "concept": "y"}, {}, movers=100)
+    assert back.spearman == pytest.approx(answer.spearman)
+    assert [mover.example_id for mover in back.up] == [mover.example_id for mover in answer.down]
+    assert {mover.places[0].file for mover in back.up} == {"e.jsonl"}
 
 
 def test_two_methods_are_compared(client: Client, shelf: Topics) -> None:
