@@ -81,8 +81,8 @@ class Topics(Shelf):
         self.add_concept("y", 1)
         self.add_concept("z", EMBEDDED)
 
-    def add_concept(self, name: str, layer: int) -> None:
-        tensor = concepts.to_safetensors(self.vector(name))
+    def add_concept(self, name: str, layer: int, *, like: str = "") -> None:
+        tensor = concepts.to_safetensors(self.vector(like or name))
         record = ConceptRecord(
             *(name, "m", "f", "f", layer, Pooling.RESPONSE_MEAN, D, "by hand", 1.0, 0.9, 5, 5, {}),
             *(sha256_bytes(tensor), "now"),
@@ -395,10 +395,10 @@ def test_scores_are_computed_once_for_a_vector(shelf: Topics, whole: WholeRankin
 
 def test_another_layer_version_or_concept_has_its_own_scores(shelf: Topics, whole: WholeRankings) -> None:
     shelf.publish("a", 1)
-    shelf.add_concept("Z", 3)
-    first, other = scored(whole.scores(ask())), scored(whole.scores(ask("Z")))
+    shelf.add_concept("deeper", 3, like="x")
+    first, other = scored(whole.scores(ask())), scored(whole.scores(ask("deeper")))
     assert first.scores == pytest.approx(shelf.exact("x", 1), rel=1e-5)
-    assert other.scores == pytest.approx(shelf.exact("Z", 3), rel=1e-5)
+    assert other.scores == pytest.approx(shelf.exact("x", 3), rel=1e-5)
     shelf.publish("a", 2, sections=(shelf.section(), shelf.embeddings(without=5)))
     assert len(scored(whole.scores(ask())).scores) == 8
 
