@@ -530,13 +530,23 @@ def test_versions_are_compared_on_the_examples_that_both_hold(client: Client, sh
     assert (answer.a.index, answer.b.index, answer.a.rows, answer.b.rows) == ("a@v1", "a@v2", 9, 8)
     assert (answer.common, answer.only_a, answer.only_b) == (8, 1, 0)
     assert (answer.spearman, answer.up, answer.down) == (pytest.approx(1), [], [])
-    turned = compare(client, {"index": "a@v2"}, {"index": "a@v1", "concept": "y"}, movers=100)
-    assert (turned.common, turned.only_a, turned.only_b) == (8, 0, 1)
     kept = [row for row in range(9) if row != 5]
     x, y = shelf.exact("x", 1)[kept], shelf.exact("y", 1)[kept]
-    assert turned.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
-    rank_x = {shelf.ids[row]: rank for row, rank in zip(kept, np.argsort(np.argsort(-x)) + 1, strict=True)}
-    assert {mover.example_id: mover.rank_a for mover in turned.up + turned.down}.items() <= rank_x.items()
+    rank_x, rank_y = (
+        {
+            shelf.ids[row]: rank
+            for row, rank in zip(kept, (np.argsort(np.argsort(-exact)) + 1).tolist(), strict=True)
+        }
+        for exact in (x, y)
+    )
+    for first, second, alone in (("a@v1", "a@v2", (1, 0)), ("a@v2", "a@v1", (0, 1))):
+        other = compare(client, {"index": first}, {"index": second, "concept": "y"}, movers=100)
+        assert (other.common, (other.only_a, other.only_b)) == (8, alone)
+        assert other.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+        moved = other.up + other.down
+        assert {mover.example_id for mover in moved} == {item for item in rank_x if rank_x[item] != rank_y[item]}
+        for mover in moved:
+            assert (mover.rank_a, mover.rank_b) == (rank_x[mover.example_id], rank_y[mover.example_id])
 
 
 def test_indexes_of_different_datasets_are_compared_by_example(client: Client, shelf: Topics) -> None:
