@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 import httpx
 
@@ -223,17 +223,16 @@ class Client:
             if response.status_code != httpx.codes.OK:
                 response.read()
                 return codec.from_plain(JobRecord, _checked(response).json())
-            with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                try:
+            part = path.with_name(f".{path.name}.{uuid4().hex}")
+            try:
+                with part.open("xb") as file:
                     for chunk in response.iter_bytes(_CHUNK):
                         file.write(chunk)
                         if on_received is not None:
                             on_received(file.tell())
-                    file.close()
-                    Path(file.name).replace(path)
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # there only when something went wrong
         return None
 
     def groups(
