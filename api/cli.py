@@ -10,7 +10,19 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from api import cli_repair  # noqa: F401  (adds its commands to those of indexes)
 from api.cli_aliases import aliases_app, registry_app
+from api.cli_asked import with_asked
 from api.cli_indexes import indexes_app
+from api.cli_rankings import (
+    AllOption,
+    GroupByOption,
+    LimitOption,
+    MetadataOption,
+    SortOption,
+    compare,
+    download_all,
+    groups_of,
+    show_groups,
+)
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -30,7 +42,7 @@ from api.terminal import (
     show_tokens,
 )
 from service.contracts import JobRecord
-from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
+from service.terms import GroupSort, Pooling
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,6 +66,7 @@ for _name, _sub in (
     ("registry", registry_app),
 ):
     app.add_typer(_sub, name=_name)
+app.command("compare")(compare)
 
 
 def main() -> None:
@@ -278,50 +291,38 @@ def cancel_job(
 # --- query ------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command("query")
+@with_asked
 def query(
-    index: Annotated[str, typer.Option(help="name, name@v3 for one version, or an alias.")],
-    concept: Annotated[
-        str | None, typer.Option(help="Id of a concept; influence_function asks about the loss and takes none.")
-    ] = None,
-    method: Annotated[
-        Method, typer.Option(help="vector_filter reads activations, the others gradients.")
-    ] = Method.VECTOR_FILTER,
-    order: Annotated[Order, typer.Option(help="Those that push toward the concept most, or least.")] = Order.MOST,
+    options: dict[str, Any],
     k: Annotated[int, typer.Option("-k", "--k", help="How many examples.")] = 20,
-    query_set: Annotated[
-        str | None,
-        typer.Option(help="Dataset on which f_v or the loss is measured; may be left out with one embedded set."),
-    ] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="In units of the mean λ. Default: 1, or what embeddings have.", min=0)
-    ] = None,
-    concept_function: Annotated[
-        ConceptFunction | None, typer.Option(help="f_v of concept_influence. Default: dot.")
-    ] = None,
-    through: Annotated[
-        IndexKind | None, typer.Option(help="influence or gradient. Default: embeddings where there are any.")
-    ] = None,
     tokens: Annotated[
         int,
         typer.Option(help="Show what the tokens of so many first hits add to the score.", min=0, max=100),
     ] = 0,
+    to_file: AllOption = None,
+    metadata: MetadataOption = False,
+    group_by: GroupByOption = None,
+    sort: SortOption = GroupSort.MEAN,
+    limit: LimitOption = 50,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
     """Which training examples pushed the model toward the concept? Positive score: training on it did."""
-    options: dict[str, Any] = {
-        "index": index,
-        "concept": concept,
-        "method": method,
-        "order": order,
-        "k": k,
-        "query_set": query_set,
-        "damping": damping,
-        "concept_function": concept_function,
-        "through": through,
-    }
+    if to_file is not None and group_by is not None:
+        raise typer.BadParameter("--all and --group-by are two questions: ask one after the other.")
     with connect(url) as client:
+        if to_file is not None:
+            download_all(client, options, to_file, metadata=metadata)
+            return
+        if group_by is not None:
+            groups = groups_of(client, options, group_by, k=k, sort=sort, limit=limit)
+            if as_json:
+                console.print_json(data=groups.model_dump(mode="json"))
+            else:
+                show_groups(groups)
+            return
+        options |= {"k": k}
         answer = client.query(**options)
         if isinstance(answer, JobRecord):
             follow_job(client, answer, detach=False)

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 import httpx
 
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
+from api.schemas_rankings import CompareOut, GroupsOut
 from service import codec
 from service.contracts import (
     AliasRecord,
@@ -258,6 +260,63 @@ class Client:
         """Fill Redis again from storage; how much there is of everything, and what is damaged."""
         return codec.from_plain(Rebuilt, self._call("POST", "/v1/registry:rebuild", timeout=_SLOW))
 
+    def download_scores(
+        self,
+        path: Path,
+        *,
+        index: str,
+        concept: str | None = None,
+        on_received: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> JobRecord | None:
+        """The whole ranking into the Parquet file ``path``, or the job that must end first.
+
+        ``options`` as in ``api.schemas_rankings.ScoresIn`` (method, order, metadata, …); ``on_received`` is told
+        the bytes received so far. The file appears when it is complete; one that is there is replaced then.
+        """
+        body = {"index": index, "concept": concept, **options}
+        with self._http.stream("POST", "/v1/queries/scores", json=body, timeout=_SLOW) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                return codec.from_plain(JobRecord, _checked(response).json())
+            part = path.with_name(f".{path.name}.{uuid4().hex}")
+            try:
+                with part.open("xb") as file:
+                    for chunk in response.iter_bytes(_CHUNK):
+                        file.write(chunk)
+                        if on_received is not None:
+                            on_received(file.tell())
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # there only when something went wrong
+        return None
+
+    def groups(
+        self, *, index: str, group_by: str, concept: str | None = None, **options: Any
+    ) -> GroupsOut | JobRecord:
+        """Groups of examples by a metadata field, or the job that must end first.
+
+        ``options`` as in ``api.schemas_rankings.GroupsIn`` (method, order, k, sort, limit, …).
+        """
+        body = {"index": index, "concept": concept, "group_by": group_by, **options}
+        response = self._send("POST", "/v1/queries/groups", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return GroupsOut.model_validate_json(response.content)
+
+    def compare(
+        self, a: Mapping[str, Any], b: Mapping[str, Any], *, k: int = 100, movers: int = 20
+    ) -> CompareOut | JobRecord:
+        """Two rankings side by side, or a job that must end first: then ask again.
+
+        ``a`` and ``b`` as in ``api.schemas.QuestionIn`` (index, concept, method, …).
+        """
+        body = {"a": dict(a), "b": dict(b), "k": k, "movers": movers}
+        response = self._send("POST", "/v1/compare", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return CompareOut.model_validate_json(response.content)
+
     # --- jobs ---------------------------------------------------------------------------------------
 
     def jobs(self, limit: int = 50) -> list[JobRecord]:
@@ -326,17 +385,18 @@ class Client:
         return self._send(method, path, **options).json()
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        response = self._http.request(method, path, **options)
-        if response.is_error:
-            try:
-                problem = response.json()
-            except ValueError:
-                problem = {
-                    "code": "not_whence",
-                    "detail": f"{response.status_code} from {response.url}, no problem.",
-                }
-            raise WhenceError(response.status_code, problem)
-        return response
+        return _checked(self._http.request(method, path, **options))
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_error:
+        try:
+            problem = response.json()
+        except ValueError:
+            detail = f"{response.status_code} from {response.url}, no problem."
+            problem = {"code": "not_whence", "detail": detail}
+        raise WhenceError(response.status_code, problem)
+    return response
 
 
 def _if_match(revision: int | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from service.queries import QueryService
 from service.registry import Registry
 from service.settings import Settings
 from service.storage import Storage
+from service.whole import WholeRankings
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Services:
     registry: Registry
     jobs: Jobs
     queries: QueryService
+    whole: WholeRankings
 
 
 async def _services(request: Request) -> Services:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from api import problems
 from api.dependencies import Services
-from api.routes import aliases, concepts, datasets, health, indexes, jobs, models, queries
+from api.routes import aliases, concepts, datasets, health, indexes, jobs, models, queries, rankings
 from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
@@ -27,6 +27,7 @@ from service.redis_server import connect
 from service.registry import Registry
 from service.settings import Settings, load_settings
 from service.storage import Storage
+from service.whole import WholeRankings
 
 _DESCRIPTION = """
 Which training examples pushed this model toward this concept?
@@ -46,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     threading.Thread(target=kernels.warm, name="warm", daemon=True).start()
     work = Jobs(redis)
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
+    ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
     app.state.services = Services(
         settings=settings,
@@ -53,10 +55,11 @@ def create_app(settings: Settings) -> FastAPI:
         storage=storage,
         registry=registry,
         jobs=work,
-        queries=QueryService(registry, storage, work, loader, shard_size=settings.shard_size),
+        queries=ranked,
+        whole=WholeRankings(ranked, loader),
     )
     problems.install(app)
-    for module in (models, datasets, indexes, aliases, concepts, queries, jobs, registry_routes, health):
+    for module in (models, datasets, indexes, aliases, concepts, queries, rankings, jobs, registry_routes, health):
         app.include_router(module.router)
     return app
 

@@ -90,6 +90,35 @@ class Examples:
             for text in (found[slot],)
         ]
 
+    def stored(self, names: Sequence[str]) -> pa.Table:
+        """Of all examples, as at rest: columns ``metadata`` (JSON text) and ``places`` (lists of file, line)."""
+        laid = self._laid()
+        tables = [part.texts().table(names) for part in self._parts]
+        if len(tables) == 1:
+            return tables[0]
+        own = [table.take(pa.array(rows)) for table, rows in zip(tables, laid.own, strict=True)]
+        found = pa.concat_tables(own)
+        if "places" in names:
+            places = [pa.concat_arrays(table.column("places").chunks) for table in tables]
+            found = found.set_column(found.schema.get_field_index("places"), "places", self._all_places(places))
+        return found
+
+    def _all_places(self, places: Sequence[pa.ListArray]) -> pa.ListArray:
+        """Of every example the places in all parts, those of an earlier part first."""
+        laid = self._laid()
+        owners = []
+        for number, part in enumerate(places):
+            position = np.empty(len(part), dtype=np.int64)
+            position[laid.own[number]] = laid.starts[number] + np.arange(len(laid.own[number]))
+            there, rows = laid.repeated[number]
+            position[rows] = there
+            owners.append(np.repeat(position, np.diff(part.offsets.to_numpy())))
+        owner = np.concatenate(owners)
+        flat = pa.concat_arrays([part.flatten() for part in places])
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(self)))])
+        order = np.argsort(owner, kind="stable")
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.take(pa.array(order)))
+
     def mask(self, wanted: Filter) -> Mask:
         """(n,) which examples a filter keeps.
 

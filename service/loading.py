@@ -16,7 +16,7 @@ from service.batching import Batcher
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, IndexRecord
 from service.errors import Damaged, NotFound, Unavailable
-from service.example_ids import Ids
+from service.example_ids import Finder, Ids
 from service.examples import Examples
 from service.registry import DATASETS, Registry
 from service.rows import F16, F32
@@ -77,7 +77,7 @@ class Rows:
         self.ids: Ids = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, "S64")
         self.alive: Mask | None = None  # None: all
         if deleted is not None and len(deleted):
-            self.alive = ~np.isin(self.ids, deleted)
+            self.alive = Finder(deleted).positions(self.ids) < 0
         self.batcher = Batcher(self.index)
 
     @property

@@ -53,6 +53,14 @@ class Prepared:
     rows: Rows
     mask: Mask | None  # rows that may be ranked; None: all
 
+    @property
+    def fidelity(self) -> Fidelity | None:
+        return _fidelity(self.index, self.asked, self.matched)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return _warnings(self.asked, self.index, self.matched, self.fidelity)
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -119,19 +127,18 @@ class QueryService:
         search_ms = 1e3 * (time.perf_counter() - searched)
         page = page.of(query, prepared.index, len(ranking.top.rows))
         hits = self._hits(prepared, ranking, query, page)
-        fidelity = _fidelity(prepared.index, prepared.asked, prepared.matched)
         return Answer(
             hits=hits,
             index=prepared.index,
             concept=prepared.asked.concept,
             matched=prepared.matched,
-            fidelity=fidelity,
+            fidelity=prepared.fidelity,
             rows=ranking.candidates,
             page=page,
             cached=cached,
             search_ms=search_ms,
             total_ms=1e3 * (time.perf_counter() - began),
-            warnings=_warnings(prepared.asked, prepared.index, prepared.matched, fidelity),
+            warnings=prepared.warnings,
         )
 
     @damage.told

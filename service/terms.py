@@ -94,6 +94,14 @@ class Order(StrEnum):
     ABSOLUTE = "absolute"  # whichever way they push
 
 
+class GroupSort(StrEnum):
+    """What groups of examples are sorted by."""
+
+    MEAN = "mean"  # score
+    SUM = "sum"  # of scores
+    SHARE = "share"  # of the best k examples
+
+
 class JobKind(StrEnum):
     BUILD_INDEX = "build_index"
     ESTIMATE_INDEX = "estimate_index"

@@ -86,5 +86,12 @@ class Texts:
             )
         return found
 
+    def table(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of all rows."""
+        fields = [SCHEMA.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+        with pa.ipc.open_file(self._buffer, options=options) as reader:
+            return reader.read_all().replace_schema_metadata(None).select(list(names))
+
     def _open(self) -> pa.RecordBatchFileReader:
         return pa.ipc.open_file(self._buffer, options=pa.ipc.IpcReadOptions(use_threads=False))

@@ -23,9 +23,10 @@ from api.schemas import (
     TokenSharesOut,
 )
 from service import filters
-from service.contracts import IndexRecord, JobRecord
+from service.contracts import Fidelity, IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
+from service.matching import Matched
 from service.paging import Page
 from service.queries import Answer, Hit
 from service.questions import Query, Weighted
@@ -136,9 +137,23 @@ def _tracked(index: IndexRecord, kind: IndexKind) -> dict[str, Any]:
     return {name: getattr(index, name) for name in ("modules", "blocks", "stride", "lora")}
 
 
+def provenance(index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> Provenance:
+    """What stands behind the scores."""
+    measured: Any = fidelity
+    return Provenance(
+        kind=found.array.kind,
+        layer=found.array.layer,
+        query_set=found.query_set,
+        damping=found.damping,
+        points=found.points,
+        captured=found.captured,
+        **_tracked(index, found.array.kind),
+        fidelity=None if measured is None else FidelityOut.model_validate(measured, from_attributes=True),
+    )
+
+
 def _present(body: QueryIn, answer: Answer) -> QueryOut:
     concept: Any = answer.concept
-    fidelity: Any = answer.fidelity
     found = answer.matched
     return QueryOut(
         index=answer.index.id,
@@ -147,16 +162,7 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
         method=body.method,
         order=body.order,
         concept=None if concept is None else ConceptUsed.model_validate(concept, from_attributes=True),
-        provenance=Provenance(
-            kind=found.array.kind,
-            layer=found.array.layer,
-            query_set=found.query_set,
-            damping=found.damping,
-            points=found.points,
-            captured=found.captured,
-            **_tracked(answer.index, found.array.kind),
-            fidelity=None if fidelity is None else FidelityOut.model_validate(fidelity, from_attributes=True),
-        ),
+        provenance=provenance(answer.index, found, answer.fidelity),
         rows=answer.rows,
         dims=found.array.dims,
         hits=[_hit(hit, set(body.fields)) for hit in answer.hits],
