@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from redis import Redis
 
-from service import codec, datasets, keys, shards
+from service import codec, datasets, keys, members, shards, tombstones
 from service.cache import LoadingCache
-from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Quarantined
+from service.contracts import ArrayInfo, DatasetRecord, Example, IndexRecord, Place, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.search import VectorIndex
@@ -128,22 +129,32 @@ def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
 
 
 def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> list[Quarantined]:
-    """Everything of the source that is not in the index: set aside on reading, then on building."""
-    dataset = registry.get(DATASETS, record.dataset)
-    aside = datasets.to_quarantined(datasets.read_table(storage, dataset, "quarantine"))
-    places = {
-        row["id"]: tuple(codec.from_plain(Quarantined, {**row, "reason": "", "detail": ""}).places)
-        for row in datasets.read_table(storage, dataset).select(["id", "places"]).to_pylist()
-    }
+    """Everything of the sources that is not in the index: set aside on reading, then on building, then deleted."""
+    parts = [registry.get(DATASETS, name) for name in record.datasets]
+    found = [
+        item for part in parts for item in datasets.to_quarantined(datasets.read_table(storage, part, "quarantine"))
+    ]
+    index = read_manifest(storage, record)
     told: dict[str | None, Quarantined] = {}
-    for section in read_manifest(storage, record).sections:
+    for section in index.sections:
         for reference in section.shards:
             manifest = shards.read_manifest(storage, reference.key, sha256=reference.sha256)
             for item in manifest.quarantined:
                 told.setdefault(item.id, item)
-    return aside + [
-        Quarantined(item.id, item.reason, item.detail, places.get(item.id or "", ())) for item in told.values()
-    ]
+    for deleted in sorted(tombstones.read(storage, index.deleted)):
+        told.setdefault(deleted, Quarantined(deleted, tombstones.REASON, "Deleted from the index."))
+    places = _places(storage, parts, [item for item in told if item is not None])
+    return found + [replace(item, places=tuple(places.get(item.id or "", ()))) for item in told.values()]
+
+
+def _places(storage: Storage, parts: Sequence[DatasetRecord], ids: Sequence[str]) -> dict[str, list[Place]]:
+    """Every line that holds one of the examples, in whichever part."""
+    found: dict[str, list[Place]] = {}
+    for part in parts if ids else ():
+        table = datasets.read_table(storage, part).select(["id", "places"])
+        for row in table.filter(pc.field("id").isin(ids)).to_pylist():
+            found.setdefault(row["id"], []).extend(Place(**place) for place in row["places"])
+    return found
 
 
 class Rows:
@@ -179,13 +190,14 @@ class IndexLoader:
         packed, exponents = [], []
         sections = self.manifest(record).sections
         own = next(number for number, section in enumerate(sections) if array in section.arrays)
+        deleted = tombstones.read(self._storage, self.manifest(record).deleted)
         for references in zip(*(section.shards for section in sections), strict=True):
             manifests = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in references]
             rows, powers = shards.read_packed(self._storage, manifests[own], array)
-            others = [set(manifest.ids) for manifest in manifests if manifest.ids != manifests[own].ids]
-            kept = [row for row, item in enumerate(manifests[own].ids) if all(item in held for held in others)]
-            packed.append(rows[kept] if others else rows)
-            exponents.append(powers[kept] if others else powers)
+            held = members.in_all((manifests[own], *manifests)) - deleted
+            kept = [row for row, item in enumerate(manifests[own].ids) if item in held]
+            packed.append(rows[kept] if len(kept) < len(rows) else rows)
+            exponents.append(powers[kept] if len(kept) < len(rows) else powers)
             ids += [manifests[own].ids[row] for row in kept]
         index = VectorIndex(np.concatenate(packed), np.concatenate(exponents), threads=self._threads)
         return Rows(index, ids)

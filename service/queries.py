@@ -12,6 +12,7 @@ import numpy as np
 from service import artifacts, codec, concepts, indexes, token_shares
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
+from service.examples import Examples
 from service.indexes import IndexLoader, Rows
 from service.jobs import Jobs
 from service.matching import DIRECT, Asked, Matched, Missing, match
@@ -125,10 +126,10 @@ class QueryService:
             detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
             raise Invalid("no_token_shares", detail, param="method")
         match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
-        table = self._loader.examples(self._registry.get(DATASETS, index.dataset))
+        held = self._examples(index)
         for number, item in enumerate(examples):
-            if item not in table:
-                detail = f"Dataset {index.dataset!r} of index {index.id} holds no example {item!r}."
+            if item not in held:
+                detail = f"No dataset of index {index.id} ({', '.join(index.datasets)}) holds an example {item!r}."
                 raise NotFound("example_not_found", detail, param=f"examples[{number}]")
         concept = asked.concept.sha256 if asked.concept else None
         fingerprint = asked.query_set.fingerprint if asked.query_set else None
@@ -170,13 +171,16 @@ class QueryService:
         function = query.concept_function or ConceptFunction.DOT
         return Asked(query.method, concept, vector, query_set, function, query.damping, query.through)
 
+    def _examples(self, index: IndexRecord) -> Examples:
+        parts = [self._registry.get(DATASETS, name) for name in index.datasets]
+        return Examples([self._loader.examples(part) for part in parts])
+
     def _search(self, rows: Rows, vector: F32, query: Query, index: IndexRecord) -> tuple[tuple[Hit, ...], float]:
         sign = 1.0 if query.order == Order.MOST else -1.0
         began = time.perf_counter()
         top = rows.index.search(np.float32(sign) * vector, query.k)
         search_ms = 1e3 * (time.perf_counter() - began)
-        dataset = self._registry.get(DATASETS, index.dataset)
-        examples = self._loader.examples(dataset).take([rows.ids[int(row)] for row in top.rows])
+        examples = self._examples(index).take([rows.ids[int(row)] for row in top.rows])
         hits = tuple(
             Hit(rank, sign * float(score), example)
             for rank, (score, example) in enumerate(zip(top.scores, examples, strict=True), start=1)

@@ -5,7 +5,8 @@ finished one is found again by every job that needs it: a resumed build, a rebui
 the same data. It exists when its manifest does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,16 @@ from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardMa
 
 MANIFEST = "shard.json"
 HALF, INT8, SINGLE = "half", "int8", "single"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of one array as they lie in a file: ``packed`` (n, dims), ``scales`` (n,) or None for ``single``."""
+
+    info: ArrayInfo
+    encoding: str
+    packed: NDArray[np.generic]
+    scales: NDArray[np.generic] | None
 
 
 def cut(
@@ -73,18 +84,41 @@ def publish(
     versions: Mapping[str, str],
 ) -> ShardManifest:
     """Store the rows (finite float32, one per id) of every array and then the manifest."""
+    return publish_stored(
+        storage,
+        task,
+        ids=ids,
+        arrays=[_encoded(info, rows, encoding) for info, rows in arrays.items()],
+        quarantined=quarantined,
+        long=long,
+        tokens=tokens,
+        versions=versions,
+    )
+
+
+def publish_stored(
+    storage: Storage,
+    task: Task,
+    *,
+    ids: Sequence[str],
+    arrays: Iterable[Stored],
+    quarantined: Sequence[Quarantined] = (),
+    long: Sequence[str] = (),
+    tokens: int = 0,
+    versions: Mapping[str, str],
+) -> ShardManifest:
+    """Store rows that are encoded already, one array in memory at a time, and then the manifest."""
     assert isinstance(task.work, ShardWork)  # noqa: S101
-    files: dict[str, bytes] = {}
+    files: dict[str, str] = {}
     stored = []
-    for number, (info, rows) in enumerate(arrays.items()):
+    for number, array in enumerate(arrays):
+        info = array.info
         name = f"{number:02d}.{info.kind}" + (f".l{info.layer}" if info.layer is not None else "")
-        scale = None if encoding == SINGLE else f"{name}.scale.npy"
-        stored.append(ShardArray(info, encoding, f"{name}.npy", scale))
-        if scale is None:
-            files[f"{name}.npy"] = to_npy(rows.astype(np.float32))
-            continue
-        packed, scales = pack(rows) if encoding == HALF else quantise(rows)
-        files[f"{name}.npy"], files[scale] = to_npy(packed), to_npy(scales)
+        scale = None if array.scales is None else f"{name}.scale.npy"
+        stored.append(ShardArray(info, array.encoding, f"{name}.npy", scale))
+        files[f"{name}.npy"] = storage.write(f"{folder(task.key)}/{name}.npy", to_npy(array.packed))
+        if scale is not None and array.scales is not None:
+            files[scale] = storage.write(f"{folder(task.key)}/{scale}", to_npy(array.scales))
     manifest = ShardManifest(
         key=task.key,
         work=task.work,
@@ -93,10 +127,10 @@ def publish(
         long=tuple(long),
         tokens=tokens,
         arrays=tuple(stored),
-        files={name: sha256_bytes(data) for name, data in files.items()},
+        files=files,
         versions=dict(versions),
     )
-    storage.publish(folder(task.key), files, (MANIFEST, codec.encode(manifest).encode()))
+    storage.publish(folder(task.key), {}, (MANIFEST, codec.encode(manifest).encode()))
     return manifest
 
 
@@ -136,9 +170,22 @@ def read_rows(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> F32
             return packed.astype(np.float32, copy=False)
 
 
+def read_stored(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> Stored:
+    """One array with the numbers that are in its files. Raises Damaged."""
+    array = _find(manifest, info)
+    packed, scales = _stored(storage, manifest, array)
+    return Stored(info, array.encoding, packed, None if array.scale is None else scales)
+
+
 def bytes_per_row(array: ArrayInfo) -> int:
     """What an example costs at rest in this array."""
     return array.dims + 4 if array.embedding is not None else 2 * array.dims + 2
+
+
+def _encoded(info: ArrayInfo, rows: F32, encoding: str) -> Stored:
+    if encoding == SINGLE:
+        return Stored(info, encoding, rows.astype(np.float32), None)
+    return Stored(info, encoding, *(pack(rows) if encoding == HALF else quantise(rows)))
 
 
 def _find(manifest: ShardManifest, info: ArrayInfo) -> ShardArray:

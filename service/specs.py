@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.terms import ConceptFunction, IndexKind, LossReduction, Method, Pooling
@@ -82,6 +83,32 @@ class ExtendIndexSpec:
 
 
 @dataclass(frozen=True)
+class AppendIndexSpec:
+    """A new version with the examples of one more dataset; ``reference`` is resolved when the job runs."""
+
+    reference: str
+    dataset: str
+    shard_size: int
+
+
+@dataclass(frozen=True)
+class DeleteExamplesSpec:
+    """A new version without some examples: those of the artifact ``ids``, or those that ``filter`` keeps."""
+
+    reference: str
+    ids: str | None
+    filter: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class CompactIndexSpec:
+    """A new version with the same rows in few large shards."""
+
+    reference: str
+    rows_per_shard: int
+
+
+@dataclass(frozen=True)
 class FitConceptSpec:
     id: str
     model: str
@@ -119,7 +146,17 @@ class TokenSharesSpec:
     shard_size: int
 
 
-JobSpec = BuildIndexSpec | EstimateSpec | ExtendIndexSpec | FitConceptSpec | QueryGradientSpec | TokenSharesSpec
+JobSpec = (
+    BuildIndexSpec
+    | EstimateSpec
+    | ExtendIndexSpec
+    | AppendIndexSpec
+    | DeleteExamplesSpec
+    | CompactIndexSpec
+    | FitConceptSpec
+    | QueryGradientSpec
+    | TokenSharesSpec
+)
 
 
 # --- what a build publishes ---------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from service.specs import (
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import passes, probes, tokens
+from workers import probes, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
+from workers.life import Life, described
 from workers.pool import Pool
 from workers.stages import Stages
 
@@ -42,7 +43,7 @@ class RayEngine:
         self._storage = storage
         self._pool = pool
 
-    def run(self, job: JobRecord, context: JobContext) -> Mapping[str, Any]:
+    def run(self, job: JobRecord, context: JobContext) -> Mapping[str, Any]:  # noqa: PLR0911  (one for each kind)
         stages = Stages(self._storage, self._pool, context)
         match job.kind:
             case JobKind.BUILD_INDEX:
@@ -51,12 +52,16 @@ class RayEngine:
                 return self._estimate_index(codec.from_plain(EstimateSpec, job.spec), stages.context)
             case JobKind.EXTEND_INDEX:
                 return self._extend_index(job, codec.from_plain(ExtendIndexSpec, job.spec), stages)
+            case JobKind.APPEND_INDEX | JobKind.DELETE_EXAMPLES | JobKind.COMPACT_INDEX:
+                return Life(stages, self._registry, self._redis).run(job)
             case JobKind.FIT_CONCEPT:
                 return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
+            case other:
+                raise NotImplementedError(f"no engine runs jobs of kind {other}")
 
     # --- jobs ---------------------------------------------------------------------------------------
 
@@ -86,7 +91,7 @@ class RayEngine:
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
         stages.context.check()
-        build = {"job": job.id, "created_at": record.created_at, "versions": passes.versions()}
+        build = {**described(job), "created_at": record.created_at}
         indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
@@ -146,7 +151,8 @@ class RayEngine:
     def _token_shares(self, spec: TokenSharesSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         manifest = indexes.read_manifest(self._storage, index)
-        model, dataset = self._model(index.model, manifest.spec), self._registry.get(DATASETS, index.dataset)
+        model = self._model(index.model, manifest.spec)
+        parts = [self._registry.get(DATASETS, name) for name in index.datasets]
         concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
         vector = concepts.direction(self._storage, concept) if concept else None
         query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
@@ -156,7 +162,7 @@ class RayEngine:
             self._query_gradient(found.spec, stages)
             found = match(self._storage, index, manifest, asked, shard_size=spec.shard_size)
         assert not isinstance(found, Missing)  # noqa: S101  (it has just been made)
-        count = tokens.compute(stages, spec.key, manifest, model, dataset, found, spec.examples)
+        count = tokens.compute(stages, spec.key, manifest, model, parts, found, spec.examples)
         return {"shares": spec.key, "examples": count}
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
