@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from api import cli_life  # noqa: F401  (adds its commands to indexes_app)
 from api.cli_indexes import indexes_app
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut

@@ -12,11 +12,9 @@ from service.contracts import IndexRecord
 from service.errors import Invalid
 from service.registry import DATASETS, MODELS, Registry
 from service.settings import Settings
-from service.specs import AppendIndexSpec, CompactIndexSpec, DeleteExamplesSpec
+from service.specs import MOST_IDS, AppendIndexSpec, CompactIndexSpec, DeleteExamplesSpec
 from service.storage import Storage
 
-MOST_IDS = 100_000  # deleted by one request
-ROWS_PER_SHARD = 65_536
 _EXAMPLE_ID = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 5
 
@@ -45,7 +43,7 @@ def plan_delete(
         raise Invalid("ids_or_filter", "Name the examples either by 'ids' or by a 'filter'.", param="ids")
     _source(reference, registry, storage)
     if ids is None:
-        return DeleteExamplesSpec(reference, None, filter)
+        raise Invalid("no_filters", "Name the examples by 'ids': this server cannot filter yet.", param="filter")
     if not 1 <= len(ids) <= MOST_IDS:
         detail = f"One request deletes 1 to {MOST_IDS:,} examples, not {len(ids):,}: send several."
         raise Invalid("bad_count", detail, param="ids")

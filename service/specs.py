@@ -8,6 +8,9 @@ from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.terms import ConceptFunction, IndexKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
 
+MOST_IDS = 100_000  # deleted by one request
+ROWS_PER_SHARD = 65_536  # of a compacted index
+
 
 @dataclass(frozen=True)
 class GradientPlan:
