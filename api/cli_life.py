@@ -23,8 +23,8 @@ def append_examples(
 ) -> None:
     """Add the examples of a dataset: a new version. Only what the index does not hold yet is run through the model.
 
-    Curvature, Jacobians and all shards of before are used as they are. Lines that the index holds already are counted
-    as duplicates. Appends to one name that are queued together build on each other.
+    Curvature, Jacobians and all shards of before are used as they are. Lines that the index holds already are
+    counted as duplicates. Appends to one name that are queued together build on each other.
     """
     with connect(url) as client:
         follow_job(client, client.append(reference, dataset), detach)

@@ -17,6 +17,8 @@ from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
 
+_NEW_VERSION = documented(404, 409, 422)
+
 
 @router.post("", status_code=202, summary="Build an index", responses=documented(404, 422))
 def build_index(body: IndexIn, services: ServicesDep, response: Response) -> JobRecord:
@@ -50,7 +52,7 @@ def add_query_sets(reference: str, body: QuerySetsIn, services: ServicesDep, res
     return accepted(response, services.jobs.submit(JobKind.EXTEND_INDEX, spec))
 
 
-@router.post("/{reference}/append", status_code=202, summary="Add examples", responses=documented(404, 409, 422))
+@router.post("/{reference}/append", status_code=202, summary="Add examples", responses=_NEW_VERSION)
 def append_examples(reference: str, body: AppendIn, services: ServicesDep, response: Response) -> JobRecord:
     """Queue a new version with the examples of one more dataset. Only those that the index does not hold are run;
     everything else is used as it is. A bare name means its newest version at the time the job runs.
@@ -59,9 +61,7 @@ def append_examples(reference: str, body: AppendIn, services: ServicesDep, respo
     return accepted(response, services.jobs.submit(JobKind.APPEND_INDEX, spec))
 
 
-@router.post(
-    "/{reference}/delete", status_code=202, summary="Take examples out", responses=documented(404, 409, 422)
-)
+@router.post("/{reference}/delete", status_code=202, summary="Take examples out", responses=_NEW_VERSION)
 def delete_examples(reference: str, body: DeleteIn, services: ServicesDep, response: Response) -> JobRecord:
     """Queue a new version that never ranks some examples. Their rows stay until ``compact``; versions before this
     one keep them. Deleted examples stay deleted when they are appended again.
@@ -70,9 +70,7 @@ def delete_examples(reference: str, body: DeleteIn, services: ServicesDep, respo
     return accepted(response, services.jobs.submit(JobKind.DELETE_EXAMPLES, spec))
 
 
-@router.post(
-    "/{reference}/compact", status_code=202, summary="Few large shards", responses=documented(404, 409, 422)
-)
+@router.post("/{reference}/compact", status_code=202, summary="Few large shards", responses=_NEW_VERSION)
 def compact_index(reference: str, body: CompactIn, services: ServicesDep, response: Response) -> JobRecord:
     """Queue a new version that ranks the same examples with the same numbers, in few large shards and without the
     rows of deleted examples.
