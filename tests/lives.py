@@ -1,4 +1,4 @@
-"""An index with every kind of rows on a tiny run of two points, and files to append to it: for tests of its life."""
+"""For tests of an index's life: every kind of rows on a tiny run of two points, and files to append to it."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def ids_of(rows: Iterable[Any]) -> list[str]:
 
 
 def sample_within(ids: Sequence[str], of: Sequence[str], count: int) -> int:
-    """A seed whose sample of the curvature is the same from ``ids`` and from ``of``, and without what is set aside."""
+    """A seed whose sample of the curvature is the same from ``ids`` and from ``of``, and has nothing set aside."""
     bad = set(ids_of([*BAD, *WORSE]))
     wanted = set(ids) - bad
     for seed in range(10_000):
