@@ -61,7 +61,7 @@ def asked(
         "concepts": _summed(concept, add),
         "vector": None if vector is None else _numbers(vector),
         "layer": layer,
-        "filter": _filter(where) if where else None,
+        "filter": filter_of(where) if where else None,
     } | ({"concept": None} if add else {})
 
 
@@ -78,7 +78,7 @@ def _summed(concept: str | None, add: list[str] | None) -> list[dict[str, Any]] 
     return found
 
 
-def _filter(where: list[str]) -> dict[str, Any] | None:
+def filter_of(where: list[str]) -> dict[str, Any] | None:
     try:
         return parse_where(where)
     except ValueError as error:

@@ -164,6 +164,22 @@ class Client:
         """Queue a repair: what is damaged is made again, when it comes out the same byte for byte."""
         return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/repair"))
 
+    def append(self, reference: str, dataset: str) -> JobRecord:
+        """Queue a new version with the examples of one more dataset that the index does not hold yet."""
+        path = f"/v1/indexes/{reference}/append"
+        return codec.from_plain(JobRecord, self._call("POST", path, json={"dataset": dataset}))
+
+    def delete_examples(
+        self, reference: str, *, ids: Sequence[str] | None = None, filter: Mapping[str, Any] | None = None
+    ) -> JobRecord:
+        """Queue a new version that never ranks these examples, or all with such metadata."""
+        body = {"ids": None if ids is None else list(ids), "filter": filter}
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/delete", json=body))
+
+    def compact(self, reference: str, **options: Any) -> JobRecord:
+        """Queue a new version in few large shards; ``options`` as in ``api.schemas.CompactIn`` (rows_per_shard)."""
+        return codec.from_plain(JobRecord, self._call("POST", f"/v1/indexes/{reference}/compact", json=options))
+
     def indexes(self) -> list[IndexRecord]:
         return self._items("/v1/indexes", IndexRecord)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.contracts import JobEvent, Place, Quarantined
+from service.specs import MOST_IDS, ROWS_PER_SHARD
 from service.terms import (
     Checkpoints,
     ConceptFunction,
@@ -162,6 +163,31 @@ class AliasIn(Request):
     index: str = Field(
         description="A published version; a name or another alias stands for what it is now",
         examples=["november@v7"],
+    )
+
+
+class AppendIn(Request):
+    dataset: str = Field(
+        description="Id of a registered dataset; of its examples those are added that the index does not hold",
+        examples=["sft-december"],
+    )
+
+
+class DeleteIn(Request):
+    """Which examples a new version never ranks: by id or by metadata, one of both."""
+
+    ids: list[str] | None = Field(
+        None, min_length=1, max_length=MOST_IDS, description="Example ids, as hits name them"
+    )
+    filter: dict[str, Any] | None = Field(None, description="All examples with such metadata")
+
+
+class CompactIn(Request):
+    rows_per_shard: int = Field(
+        ROWS_PER_SHARD,
+        ge=1,
+        le=1 << 20,
+        description="Most rows of a new shard: a worker needs about three times the bytes of its widest array",
     )
 
 

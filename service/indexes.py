@@ -5,13 +5,15 @@ inputs alone; who built it and when stands beside it in ``build.json``.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
 from redis import Redis
 
-from service import aliases, codec, datasets, keys, results, shards
-from service.contracts import IndexRecord, Quarantined
+from service import aliases, codec, datasets, keys, results, shards, tombstones
+from service.contracts import DatasetRecord, IndexRecord, Place, Quarantined
 from service.errors import Conflict, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.specs import Built, IndexManifest
@@ -135,19 +137,29 @@ def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:
 
 
 def quarantined(storage: Storage, registry: Registry, record: IndexRecord) -> list[Quarantined]:
-    """Everything of the source that is not in the index: set aside on reading, then on building."""
-    dataset = registry.get(DATASETS, record.dataset)
-    aside = datasets.to_quarantined(datasets.read_table(storage, dataset, "quarantine"))
-    places = {
-        row["id"]: tuple(codec.from_plain(Quarantined, {**row, "reason": "", "detail": ""}).places)
-        for row in datasets.read_table(storage, dataset).select(["id", "places"]).to_pylist()
-    }
+    """Everything of the sources that is not in the index: set aside on reading, then on building, then deleted."""
+    parts = [registry.get(DATASETS, name) for name in record.datasets]
+    found = [
+        item for part in parts for item in datasets.to_quarantined(datasets.read_table(storage, part, "quarantine"))
+    ]
+    index = read_manifest(storage, record)
     told: dict[str | None, Quarantined] = {}
-    for section in read_manifest(storage, record).sections:
+    for section in index.sections:
         for reference in section.shards:
             manifest = shards.read_manifest(storage, reference.key, sha256=reference.sha256)
             for item in manifest.quarantined:
                 told.setdefault(item.id, item)
-    return aside + [
-        Quarantined(item.id, item.reason, item.detail, places.get(item.id or "", ())) for item in told.values()
-    ]
+    for deleted in sorted(tombstones.read(storage, index.deleted)):
+        told.setdefault(deleted, Quarantined(deleted, tombstones.REASON, "Deleted from the index."))
+    places = _places(storage, parts, [item for item in told if item is not None])
+    return found + [replace(item, places=tuple(places.get(item.id or "", ()))) for item in told.values()]
+
+
+def _places(storage: Storage, parts: Sequence[DatasetRecord], ids: Sequence[str]) -> dict[str, list[Place]]:
+    """Every line that holds one of the examples, in whichever part."""
+    found: dict[str, list[Place]] = {}
+    for part in parts if ids else ():
+        table = datasets.read_table(storage, part).select(["id", "places"])
+        for row in table.filter(pc.field("id").isin(ids)).to_pylist():
+            found.setdefault(row["id"], []).extend(Place(**place) for place in row["places"])
+    return found

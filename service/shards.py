@@ -7,7 +7,9 @@ the same data. It exists when its manifest does.
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +18,24 @@ from numpy.typing import NDArray
 
 from service import codec, results
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
-from service.errors import Damaged
+from service.errors import Damaged, NotFound
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
 from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
 
 MANIFEST = "shard.json"
-_HEAD = 128  # bytes of the header that numpy writes before a matrix
 _PIECE = 1 << 18  # bytes that are hashed while they are still in cache
 HALF, INT8, SINGLE = "half", "int8", "single"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of one array as they lie in a file: ``packed`` (n, dims), ``scales`` (n,) or None for ``single``."""
+
+    info: ArrayInfo
+    encoding: str
+    packed: NDArray[np.generic]
+    scales: NDArray[np.generic] | None
 
 
 def cut(
@@ -79,18 +90,41 @@ def publish(
     versions: Mapping[str, str],
 ) -> ShardManifest:
     """Store the rows (finite float32, one per id) of every array and then the manifest."""
+    return publish_stored(
+        storage,
+        task,
+        ids=ids,
+        arrays=[_encoded(info, rows, encoding) for info, rows in arrays.items()],
+        quarantined=quarantined,
+        long=long,
+        tokens=tokens,
+        versions=versions,
+    )
+
+
+def publish_stored(
+    storage: Storage,
+    task: Task,
+    *,
+    ids: Sequence[str],
+    arrays: Iterable[Stored],
+    quarantined: Sequence[Quarantined] = (),
+    long: Sequence[str] = (),
+    tokens: int = 0,
+    versions: Mapping[str, str],
+) -> ShardManifest:
+    """Store rows that are encoded already, and then the manifest."""
     assert isinstance(task.work, ShardWork)  # noqa: S101
     files: dict[str, bytes] = {}
     stored = []
-    for number, (info, rows) in enumerate(arrays.items()):
+    for number, array in enumerate(arrays):
+        info = array.info
         name = f"{number:02d}.{info.kind}" + (f".l{info.layer}" if info.layer is not None else "")
-        scale = None if encoding == SINGLE else f"{name}.scale.npy"
-        stored.append(ShardArray(info, encoding, f"{name}.npy", scale))
-        if scale is None:
-            files[f"{name}.npy"] = to_npy(rows.astype(np.float32))
-            continue
-        packed, scales = pack(rows) if encoding == HALF else quantise(rows)
-        files[f"{name}.npy"], files[scale] = to_npy(packed), to_npy(scales)
+        scale = None if array.scales is None else f"{name}.scale.npy"
+        stored.append(ShardArray(info, array.encoding, f"{name}.npy", scale))
+        files[f"{name}.npy"] = to_npy(array.packed)
+        if scale is not None and array.scales is not None:
+            files[scale] = to_npy(array.scales)
     manifest = ShardManifest(
         key=task.key,
         work=task.work,
@@ -147,31 +181,33 @@ def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F
 
 
 def _stream(path: Path, out: F16, name: str, manifest: ShardManifest) -> None:
-    """An .npy file into ``out``, checked against its sha256 on the way."""
+    """An .npy file into ``out``, checked against its sha256 on the way; nothing of it is parsed before that."""
     key = f"{folder(manifest.key)}/{name}"
     try:
         with path.open("rb", buffering=0) as file:
-            head = file.read(_HEAD)
+            head = file.read(len(expected := _header(out.shape)))
             hasher = hashlib.sha256(head)
-            header = io.BytesIO(head)
-            np.lib.format.read_magic(header)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-            if shape != out.shape or fortran or dtype != out.dtype or header.tell() != _HEAD:
-                raise ValueError("another shape")
             left = memoryview(cast(Any, out.reshape(-1).view(np.uint8)))
-            while left:
-                count = file.readinto(left[:_PIECE])
-                if not count:
-                    raise ValueError("cut off")
+            while left and (count := file.readinto(left[:_PIECE])):
                 hasher.update(left[:count])
                 left = left[count:]
-            hasher.update(file.read())
+            while rest := file.read(_PIECE):
+                hasher.update(rest)
     except FileNotFoundError as error:
-        raise Damaged("damaged_file", f"{key} is missing.", param=key) from error
-    except ValueError as error:  # whatever it says: the hash is not that of the manifest
-        raise Damaged("damaged_file", f"{key} is not what its manifest says ({error}).", param=key) from error
+        raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
     if hasher.hexdigest() != manifest.files[name]:
-        raise Damaged("damaged_file", f"{key} is not what its manifest says (sha256 differs).", param=key)
+        detail = f"{key} is not what its manifest says (sha256 differs). Rebuild it."
+        raise Damaged("damaged_file", detail, param=key)
+    if head != expected or len(left):
+        raise Damaged("damaged_file", f"{key} does not hold {out.shape[0]} × {out.shape[1]} numbers.", param=key)
+
+
+@cache
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What stands before a float16 matrix of this shape in a file that ``to_npy`` made."""
+    sink = io.BytesIO()
+    np.lib.format.write_array_header_1_0(sink, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return sink.getvalue()
 
 
 def read_packed(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> tuple[F16, I16]:
@@ -196,9 +232,22 @@ def read_rows(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> F32
             return packed.astype(np.float32, copy=False)
 
 
+def read_stored(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> Stored:
+    """One array with the numbers that are in its files. Raises Damaged."""
+    array = _find(manifest, info)
+    packed, scales = _stored(storage, manifest, array)
+    return Stored(info, array.encoding, packed, None if array.scale is None else scales)
+
+
 def bytes_per_row(array: ArrayInfo) -> int:
     """What an example costs at rest in this array."""
     return array.dims + 4 if array.embedding is not None else 2 * array.dims + 2
+
+
+def _encoded(info: ArrayInfo, rows: F32, encoding: str) -> Stored:
+    if encoding == SINGLE:
+        return Stored(info, encoding, rows.astype(np.float32), None)
+    return Stored(info, encoding, *(pack(rows) if encoding == HALF else quantise(rows)))
 
 
 def _find(manifest: ShardManifest, info: ArrayInfo) -> ShardArray:

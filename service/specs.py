@@ -8,6 +8,9 @@ from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
 
+MOST_IDS = 100_000  # deleted by one request
+ROWS_PER_SHARD = 65_536  # of a compacted index
+
 
 @dataclass(frozen=True)
 class GradientPlan:
@@ -83,6 +86,32 @@ class ExtendIndexSpec:
 
 
 @dataclass(frozen=True)
+class AppendIndexSpec:
+    """A new version with the examples of one more dataset; ``reference`` is resolved when the job runs."""
+
+    reference: str
+    dataset: str
+    shard_size: int
+
+
+@dataclass(frozen=True)
+class DeleteExamplesSpec:
+    """A new version without some examples: those of the artifact ``ids``, or those that ``filter`` keeps."""
+
+    reference: str
+    ids: str | None
+    filter: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class CompactIndexSpec:
+    """A new version with the same rows in few large shards."""
+
+    reference: str
+    rows_per_shard: int
+
+
+@dataclass(frozen=True)
 class FitConceptSpec:
     id: str
     model: str
@@ -138,6 +167,9 @@ JobSpec = (
     BuildIndexSpec
     | EstimateSpec
     | ExtendIndexSpec
+    | AppendIndexSpec
+    | DeleteExamplesSpec
+    | CompactIndexSpec
     | FitConceptSpec
     | QueryGradientSpec
     | TokenSharesSpec

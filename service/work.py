@@ -29,6 +29,11 @@ class Reading:
     dtype: str  # float32 | bfloat16 | float16
     lora: Lora = Lora.MERGED
 
+    @property
+    def reading(self) -> "Reading":
+        """How it reads texts, alone: what other work on the same model shares."""
+        return Reading(**{each.name: getattr(self, each.name) for each in fields(Reading)})
+
 
 @dataclass(frozen=True)
 class Location:
@@ -134,11 +139,6 @@ class PassSpec(Reading):
     influence: InfluenceSpec | None = None
     format: int = FORMAT
 
-    @property
-    def reading(self) -> Reading:
-        """How it reads texts, alone: what other work on the same model shares."""
-        return Reading(**{each.name: getattr(self, each.name) for each in fields(Reading)})
-
 
 @dataclass(frozen=True, kw_only=True)
 class DifferenceSpec(Reading):
@@ -168,6 +168,16 @@ class ReadOffSpec:
     basis: str
     jacobian: str  # J in the coordinates of the basis
     array: ArrayInfo
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class CompactSpec:
+    """Stored rows of other shards in one, bit for bit, without those of the ids in the artifact ``deleted``."""
+
+    sources: tuple[str, ...]  # shard keys, in order
+    arrays: tuple[ArrayInfo, ...]
+    deleted: str | None
     format: int = FORMAT
 
 
@@ -361,7 +371,7 @@ ArtifactWork = (
     | HeadWork
     | GatherWork
 )
-ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec
+ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec | CompactSpec
 Work = ShardWork | ArtifactWork
 
 

@@ -29,7 +29,8 @@ from service import artifacts, concepts, datasets, indexes, ranking_file, shards
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord
 from service.errors import Invalid
 from service.jobs import Jobs
-from service.queries import Query, QueryService
+from service.queries import QueryService
+from service.questions import Query
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import DATASETS, MODELS, Registry
 from service.rows import F32

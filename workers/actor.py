@@ -16,6 +16,7 @@ from service.storage import Storage
 from service.terms import Pooling
 from service.work import (
     Artifact,
+    CompactSpec,
     DifferenceSpec,
     Location,
     PassSpec,
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 LOWERED = "token_budget"  # among the versions of a result: lowered since memory ran out
 
 Manifest = ShardManifest | Artifact
+Computed = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec  # what compaction only copies
 
 
 class Worker:
@@ -65,6 +67,8 @@ class Worker:
         """
         if (there := find(self._storage, task)) is not None:
             return there
+        if isinstance(task.work, CompactSpec):
+            return derive.compact(self._storage, task, task.work, self._versions())
         if isinstance(task.work, ShardWork):
             return self._publish_shard(task, *self._rows(task, task.work))
         reading: Reading | None = getattr(task.work, "reading", None)
@@ -103,7 +107,7 @@ class Worker:
         found = self._loaded[1].memory.tokens if self._loaded else None
         return passes.versions() | ({LOWERED: str(found)} if found else {})
 
-    def _rows(self, task: Task, work: ShardWork) -> tuple[PassResult, str]:
+    def _rows(self, task: Task, work: Computed) -> tuple[PassResult, str]:
         """The rows of a shard, and how they are encoded."""
         match work:
             case PassSpec():

@@ -7,7 +7,7 @@ the influence embeddings come from the same forward and backward.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from service import models, shards
+from service import members, models, shards
 from service.basis import STORED_DAMPING
 from service.contracts import ArrayInfo, Counts, DatasetRecord, Embedding, ModelRecord, Point
 from service.errors import Invalid
@@ -341,30 +341,20 @@ def account(
     storage: Storage, dataset: DatasetRecord, sections: Sequence[Section], own: Sequence[ShardManifest]
 ) -> tuple[Counts, dict[str, int]]:
     """Where every line of the source went: an example is indexed when every section has it."""
-    aside: dict[str, str] = {}
-    held: list[set[str]] = []
-    for section in sections:
-        ids: set[str] = set()
-        for reference in section.shards:
-            manifest = shards.read_manifest(storage, reference.key, sha256=reference.sha256)
-            ids.update(manifest.ids)
-            for item in manifest.quarantined:
-                aside.setdefault(item.id or "", item.reason)
-        held.append(ids)
-    indexed: set[str] = set.intersection(*held) if held else set()
-    long = len(indexed.intersection(item for manifest in own for item in manifest.long))
+    found = members.members(storage, sections)
+    long = len(found.indexed.intersection(item for manifest in own for item in manifest.long))
     split = any(
         isinstance(manifest.work, PassSpec) and manifest.work.long_examples == LongExamples.SPLIT_AND_SUM
         for manifest in own
     )
     reasons = dict(dataset.quarantine_reasons)
-    for reason in aside.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
+    for item in found.aside.values():
+        reasons[item.reason] = reasons.get(item.reason, 0) + 1
     counts = Counts(
         lines=dataset.lines,
-        indexed=len(indexed),
+        indexed=len(found.indexed),
         duplicates=dataset.duplicates,
-        quarantined=dataset.quarantined + len(aside),
+        quarantined=dataset.quarantined + len(found.aside),
         truncated=0 if split else long,
         split=long if split else 0,
     )

@@ -28,10 +28,11 @@ from service.specs import (
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import passes, probes, repair, tokens
+from workers import probes, repair, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
+from workers.life import SPECS, Life, described
 from workers.pool import Pool
 from workers.stages import Stages
 
@@ -62,6 +63,8 @@ class RayEngine:
         match job.kind:
             case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
                 return self._publish(job, self._manifest(job.kind, job.spec, stages), stages)
+            case JobKind.APPEND_INDEX | JobKind.DELETE_EXAMPLES | JobKind.COMPACT_INDEX:
+                return Life(stages, self._registry, self._redis).run(job)
             case JobKind.FIT_CONCEPT:
                 return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
             case JobKind.QUERY_GRADIENT:
@@ -89,8 +92,11 @@ class RayEngine:
         return Build(stages, self._registry, spec, model, dataset).run()
 
     def _repair_index(self, spec: RepairSpec, context: JobContext) -> Mapping[str, Any]:
-        def make(kind: JobKind, of_job: Mapping[str, Any]) -> IndexManifest:
-            return self._manifest(kind, of_job, Stages(self._storage, self._pool, context, careful=True))
+        def make(kind: JobKind, of_job: Mapping[str, Any], version: str) -> IndexManifest:
+            stages = Stages(self._storage, self._pool, context, careful=True)
+            if kind in SPECS:
+                return Life(stages, self._registry, self._redis).again(kind, of_job, version)
+            return self._manifest(kind, of_job, stages)
 
         return repair.Repair(self._redis, self._registry, self._storage, context, spec.index, make).run()
 
@@ -115,8 +121,7 @@ class RayEngine:
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
         stages.context.check()
-        build = {"job": job.id, "created_at": record.created_at, "versions": passes.versions()}
-        build |= {"kind": str(job.kind), "spec": dict(job.spec)}
+        build = {**described(job), "created_at": record.created_at}
         indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
@@ -176,7 +181,8 @@ class RayEngine:
     def _token_shares(self, spec: TokenSharesSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         manifest = indexes.read_manifest(self._storage, index)
-        model, dataset = self._model(index.model, manifest.spec), self._registry.get(DATASETS, index.dataset)
+        model = self._model(index.model, manifest.spec)
+        parts = [self._registry.get(DATASETS, name) for name in index.datasets]
         concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
         vector = concepts.direction(self._storage, concept) if concept else None
         query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
@@ -186,7 +192,7 @@ class RayEngine:
             self._query_gradient(found.spec, stages)
             found = match(self._storage, index, manifest, asked, shard_size=spec.shard_size)
         assert not isinstance(found, Missing)  # noqa: S101  (it has just been made)
-        count = tokens.compute(stages, spec.key, manifest, model, dataset, found, spec.examples)
+        count = tokens.compute(stages, spec.key, manifest, model, parts, found, spec.examples)
         return {"shares": spec.key, "examples": count}
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:

@@ -5,7 +5,7 @@ The training data is not read again, except for the few hundred examples on whic
 
 from dataclasses import replace
 
-from service import models, shards
+from service import members, models, shards
 from service.contracts import DatasetRecord, ModelRecord
 from service.errors import Invalid
 from service.registry import Registry
@@ -13,7 +13,7 @@ from service.specs import CachedJacobian, ExtendIndexSpec, IndexManifest, Sectio
 from service.terms import IndexKind
 from service.work import Eigen, GatherWork, PassSpec, ReadOffSpec
 from workers import fidelity
-from workers.build import AtPoint, Question, account, cached, embedding_array, list_questions
+from workers.build import AtPoint, Question, cached, embedding_array, list_questions
 from workers.stages import Stages
 
 
@@ -69,17 +69,16 @@ def extend(
     for info, each in zip(arrays, works, strict=True):
         found = stages.derive(f"embeddings of layer {info.layer}", each)
         sections.append(Section((info,), tuple(shards.reference(item) for item in found)))
-    held = [shards.read_manifest(stages.storage, ref.key, sha256=ref.sha256) for ref in own.shards]
-    counts, reasons = account(stages.storage, dataset, sections, held)
+    # Every stored row has its embedding: what is indexed, and what was set aside, stays as it was.
     manifest = replace(
         source,
         name=spec.name,
         version=spec.version,
         sections=tuple(sections),
-        counts=counts,
-        quarantine_reasons=reasons,
         jacobians=_unique(known),
+        parent=spec.source,
     )
+    held = [members.origin(stages.storage, members.read(stages.storage, own.shards[0]))]
     wide = fidelity.Wide(projection.curvature, None)
     end = AtPoint(reading, location, 1.0, projection.curvature, wide, jacobians, held)
     only_new = replace(manifest, sections=(sections[number], *sections[len(source.sections) :]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service import basis, shards
+from service import basis, shards, tombstones
 from service.contracts import ArrayInfo, DatasetRecord, Fidelity
 from service.rows import F32
 from service.specs import CachedJacobian, IndexManifest
@@ -72,6 +72,7 @@ class Measured:
                 for row, item in enumerate(held):
                     self._place.setdefault(item, []).append((number, row))
         everywhere = {item for item, places in self._place.items() if len(places) == len(manifest.sections)}
+        everywhere -= tombstones.read(stages.storage, manifest.deleted)
         order = [row for row in shuffled(ids, _SEED) if ids[row] in everywhere]
         unseen = [row for row in order if row not in fitted]
         self.held_out = len(unseen) >= _FEWEST

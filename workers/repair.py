@@ -24,7 +24,7 @@ from service.work import ShardManifest
 
 R = TypeVar("R")
 
-Make = Callable[[JobKind, Mapping[str, Any]], IndexManifest]
+Make = Callable[[JobKind, Mapping[str, Any], str], IndexManifest]  # of which version
 _ROUNDS = 5  # what lies behind a damaged manifest is seen when that one is whole
 _TOLD = 1000  # damaged files in a job's result
 
@@ -179,7 +179,9 @@ class Repair:
         built = self._built(version)
         self._context.log(f"The job that built {version} runs again; what is intact is not computed again.")
         try:
-            return healing(self._storage, self._context, lambda _careful: self._make(built.kind, built.spec))
+            return healing(
+                self._storage, self._context, lambda _careful: self._make(built.kind, built.spec, version)
+            )
         except Damaged as error:
             if error.code == results.NOT_EXACTLY:
                 raise self._other_bytes(error) from error

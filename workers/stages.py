@@ -90,10 +90,12 @@ class Stages:
         layers: tuple[int, ...],
         pooling: Pooling,
         size: int,
+        chosen: Sequence[int] | None = None,
     ) -> list[ShardManifest]:
-        """The shards of a_l(x, y) − a_l(x, y'), after the answers y' that are not there yet."""
+        """The shards of a_l(x, y) − a_l(x, y'), after the answers y' that are not there yet; cut as by ``rows``."""
         ids = self.ids(dataset)
-        cuts = [range(len(ids))[start : start + size] for start in range(0, len(ids), size)]
+        whole = range(len(ids)) if chosen is None else chosen
+        cuts = [whole[start : start + size] for start in range(0, len(whole), size)]
         parts = [[cut[first : first + _ANSWERS] for first in range(0, len(cut), _ANSWERS)] for cut in cuts]
         theirs = replace(
             reading,

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from service import artifacts, basis, models, shards
+from service import artifacts, basis, members, models, shards, token_shares, tombstones
 from service.contracts import ArrayInfo, DatasetRecord, ModelRecord, Point
 from service.errors import Invalid
 from service.matching import Matched
 from service.rows import F32
 from service.specs import IndexManifest
 from service.terms import IndexKind
-from service.token_shares import FILE
+from service.token_shares import FILE, Share
 from service.work import PassSpec, ReadOffSpec, ShardWork, SumSpec, TokenSharesWork
 from workers.stages import Stages
 
@@ -22,28 +22,46 @@ def compute(
     key: str,
     manifest: IndexManifest,
     model: ModelRecord,
-    dataset: DatasetRecord,
+    parts: Sequence[DatasetRecord],
     found: Matched,
     examples: Sequence[str],
 ) -> int:
-    """Publish the shares under ``key``; the number of examples that have some. Raises Invalid when the rows of this
-    score are no sum over tokens.
+    """Publish the shares under ``key``; the number of examples that have some: not those that were deleted. Raises
+    Invalid when the rows of this score are no sum over tokens.
     """
-    place = {item: row for row, item in enumerate(stages.ids(dataset))}
-    rows = [place[item] for item in examples]
+    deleted = tombstones.read(stages.storage, manifest.deleted)
+    each: dict[str, Share] = {}
+    for part in parts:
+        place = {item: row for row, item in enumerate(stages.ids(part))}
+        asked = [item for item in dict.fromkeys(examples) if item in place and item not in each.keys() | deleted]
+        if asked:
+            rows = [place[item] for item in asked]
+            each |= dict(zip(asked, _shares(stages, manifest, model, found, (part, rows)), strict=True))
+    total = token_shares.join([each.get(item, token_shares.NOTHING) for item in examples])
+    stages.context.check()
+    artifacts.publish(stages.storage, key, {FILE: total}, answer=True)
+    return int((total["lengths"] > 0).sum())
+
+
+def _shares(
+    stages: Stages,
+    manifest: IndexManifest,
+    model: ModelRecord,
+    found: Matched,
+    source: tuple[DatasetRecord, Sequence[int]],
+) -> list[Share]:
+    """Of some examples of one dataset, summed over the points of the run."""
     total: dict[str, np.ndarray] | None = None
     for point, work in _works(stages, manifest, found):
         stage = f"token shares at {point.name}"
-        (made,) = stages.artifacts(stage, [work], location=models.location(model, point), sources=[(dataset, rows)])
+        (made,) = stages.artifacts(stage, [work], location=models.location(model, point), sources=[source])
         held = artifacts.read(stages.storage, made, FILE)
         if total is None:
             total = dict(held)
         else:
             total["shares"] = total["shares"] + held["shares"]
     assert total is not None  # noqa: S101  (a run has a point)
-    stages.context.check()
-    artifacts.publish(stages.storage, key, {FILE: total}, answer=True)
-    return int((total["lengths"] > 0).sum())
+    return token_shares.split(total)
 
 
 def _works(stages: Stages, manifest: IndexManifest, found: Matched) -> list[tuple[Point, TokenSharesWork]]:
@@ -75,7 +93,7 @@ def _works(stages: Stages, manifest: IndexManifest, found: Matched) -> list[tupl
 
 def _work_of(stages: Stages, manifest: IndexManifest, array: ArrayInfo) -> ShardWork:
     section = next(section for section in manifest.sections if array in section.arrays)
-    return shards.read_manifest(stages.storage, section.shards[0].key).work
+    return members.origin(stages.storage, members.read(stages.storage, section.shards[0])).work
 
 
 def _vector(stages: Stages, u: F32) -> str:

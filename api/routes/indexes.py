@@ -7,16 +7,19 @@ from fastapi import APIRouter, Query, Response
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
 from api.routes.datasets import quarantine_page
-from api.schemas import IndexIn, Items, QuarantinePage, QuerySetsIn
+from api.schemas import AppendIn, CompactIn, DeleteIn, IndexIn, Items, QuarantinePage, QuerySetsIn
 from service import codec, indexes
 from service.contracts import IndexRecord, JobRecord
 from service.damage import asking, published
+from service.life import plan_append, plan_compact, plan_delete
 from service.planning import ExtendRequest, IndexRequest, plan_estimate, plan_extension, plan_index
 from service.registry import INDEXES
 from service.specs import RepairSpec, VerifySpec
 from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
+
+_NEW_VERSION = documented(404, 409, 422)
 
 
 @router.post("", status_code=202, summary="Build an index", responses=documented(404, 409, 422))
@@ -49,6 +52,33 @@ def add_query_sets(reference: str, body: QuerySetsIn, services: ServicesDep, res
         reference, request, services.registry, services.storage, services.redis, services.settings
     )
     return accepted(response, services.jobs.submit(JobKind.EXTEND_INDEX, spec))
+
+
+@router.post("/{reference}/append", status_code=202, summary="Add examples", responses=_NEW_VERSION)
+def append_examples(reference: str, body: AppendIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a new version with the examples of one more dataset. Only those that the index does not hold are run;
+    everything else is used as it is. A bare name means its newest version at the time the job runs.
+    """
+    spec = plan_append(reference, body.dataset, services.registry, services.storage, services.settings)
+    return accepted(response, services.jobs.submit(JobKind.APPEND_INDEX, spec))
+
+
+@router.post("/{reference}/delete", status_code=202, summary="Take examples out", responses=_NEW_VERSION)
+def delete_examples(reference: str, body: DeleteIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a new version that never ranks some examples. Their rows stay until ``compact``; versions before this
+    one keep them. Deleted examples stay deleted when they are appended again.
+    """
+    spec = plan_delete(reference, body.ids, body.filter, services.registry, services.storage)
+    return accepted(response, services.jobs.submit(JobKind.DELETE_EXAMPLES, spec))
+
+
+@router.post("/{reference}/compact", status_code=202, summary="Few large shards", responses=_NEW_VERSION)
+def compact_index(reference: str, body: CompactIn, services: ServicesDep, response: Response) -> JobRecord:
+    """Queue a new version that ranks the same examples with the same numbers, in few large shards and without the
+    rows of deleted examples.
+    """
+    spec = plan_compact(reference, body.rows_per_shard, services.registry, services.storage)
+    return accepted(response, services.jobs.submit(JobKind.COMPACT_INDEX, spec))
 
 
 @router.get("", summary="List published indexes, every version")
