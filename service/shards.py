@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service import codec, results
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
-from service.errors import Damaged
+from service.errors import Damaged, NotFound
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
 from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
@@ -142,7 +142,8 @@ def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F
     assert array.scale is not None  # noqa: S101  (half has one)
     exponents = _read(storage, manifest, array.scale)
     if exponents.shape != (len(manifest.ids),):
-        raise Damaged("damaged_file", f"{array.scale} of shard {manifest.key} has shape {exponents.shape}.")
+        name = f"{folder(manifest.key)}/{array.scale}"
+        raise Damaged("damaged_file", f"{name} has shape {exponents.shape}.", param=name)
     return exponents.astype(np.int16, copy=False)
 
 
@@ -153,10 +154,7 @@ def _stream(path: Path, out: F16, name: str, manifest: ShardManifest) -> None:
         with path.open("rb", buffering=0) as file:
             head = file.read(_HEAD)
             hasher = hashlib.sha256(head)
-            header = io.BytesIO(head)
-            np.lib.format.read_magic(header)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-            if shape != out.shape or fortran or dtype != out.dtype or header.tell() != _HEAD:
+            if head != _header(out):  # not parsed: numpy meets damage with errors of many kinds
                 raise ValueError("another shape")
             left = memoryview(cast(Any, out.reshape(-1).view(np.uint8)))
             while left:
@@ -167,11 +165,19 @@ def _stream(path: Path, out: F16, name: str, manifest: ShardManifest) -> None:
                 left = left[count:]
             hasher.update(file.read())
     except FileNotFoundError as error:
-        raise Damaged("damaged_file", f"{key} is missing.", param=key) from error
+        raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
     except ValueError as error:  # whatever it says: the hash is not that of the manifest
         raise Damaged("damaged_file", f"{key} is not what its manifest says ({error}).", param=key) from error
     if hasher.hexdigest() != manifest.files[name]:
         raise Damaged("damaged_file", f"{key} is not what its manifest says (sha256 differs).", param=key)
+
+
+def _header(rows: F16) -> bytes:
+    """How an .npy file of these rows begins."""
+    found = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": rows.shape}
+    np.lib.format.write_array_header_1_0(found, about)
+    return found.getvalue()
 
 
 def read_packed(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> tuple[F16, I16]:
