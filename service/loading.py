@@ -18,7 +18,7 @@ from service.contracts import ArrayInfo, IndexRecord
 from service.errors import Damaged, NotFound, Unavailable
 from service.example_ids import Finder, Ids
 from service.examples import Examples
-from service.registry import DATASETS, Registry
+from service.registry import DATASETS, Registry, record_file
 from service.rows import F16, F32
 from service.search import BLOCK_BYTES, Block, Mask, VectorIndex
 from service.specs import IndexManifest
@@ -152,7 +152,7 @@ class IndexLoader:
         for dataset in found:
             if dataset.fingerprint != wanted[dataset.id]:
                 detail = f"Dataset {dataset.id!r} is not the one that index {record.id} was built from."
-                raise Damaged("damaged_record", detail, param=dataset.id)
+                raise Damaged("damaged_record", detail, param=record_file(DATASETS, dataset.id))
         return Examples(self._storage, found)
 
     def _load(self, record: IndexRecord, array: ArrayInfo) -> Rows:

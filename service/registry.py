@@ -103,14 +103,21 @@ class Registry:
                 raise Conflict(f"{collection.noun}_exists", detail, param="id")
             self._write(collection, item_id, record)
 
+    def mend(self, collection: Collection[T], item_id: str, record: T) -> None:
+        """Write a record again whose file is damaged or gone; one that is intact stays as it is."""
+        if results.intact(self._storage, record_file(collection, item_id), collection.record) is None:
+            self.restore(collection, item_id, record)
+
     def remembered(self, collection: Collection[T], item_id: str) -> T | None:
-        """The copy in Redis, whatever storage holds: sealed as well, so a damaged file can be put back from it."""
+        """The copy in Redis or in this process, whatever storage holds: a damaged file can be put back from it."""
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
-        return _decode(collection, cached) if cached else None
+        return (_decode(collection, cached) if cached else None) or self._kept.get((collection.name, item_id))
 
     def _write(self, collection: Collection[T], item_id: str, record: T) -> None:
         data = results.sealed(record)
         self._storage.write(record_file(collection, item_id), data)
+        with self._keeping:
+            self._kept.pop((collection.name, item_id), None)
         self._tell(collection, item_id, data, make=True)
 
     def find(self, collection: Collection[T], item_id: str) -> T | None:

@@ -176,7 +176,8 @@ def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F
     assert array.scale is not None  # noqa: S101  (half has one)
     exponents = _read(storage, manifest, array.scale)
     if exponents.shape != (len(manifest.ids),):
-        raise Damaged("damaged_file", f"{array.scale} of shard {manifest.key} has shape {exponents.shape}.")
+        name = f"{folder(manifest.key)}/{array.scale}"
+        raise Damaged("damaged_file", f"{name} has shape {exponents.shape}.", param=name)
     return exponents.astype(np.int16, copy=False)
 
 

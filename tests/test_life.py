@@ -249,7 +249,7 @@ def test_a_stopped_append_goes_on_where_it_was(world):
 
 def test_what_it_takes_to_make_a_version_again_stands_beside_it(world, built, appended):
     for record, kind, name in ((appended, "append_index", "dataset"), (built, "extend_index", "influence")):
-        said = json.loads(world.lab.storage.read(f"indexes/{record.id}/build.json"))
+        said = json.loads(world.lab.storage.read(f"indexes/{record.id}/build.json"))["record"]
         assert (said["kind"], said["job"]) == (kind, record.job) and name in said["spec"]
 
 

@@ -337,6 +337,15 @@ def test_an_artifact_never_changes_under_an_index(
         assert world.ask("vector filter", index.id) == answer
         (world.root / file).write_bytes(whole[file])
         (world.root / folder / results.MARK).unlink()
+    damage(world, f"{folder}/artifact.json")  # and no mark yet
+    with pytest.raises(Damaged) as told:
+        world.build("x")
+    assert told.value.code == "cannot_repair_exactly"
+    assert all(
+        data == whole[name]
+        for name, data in world.everything().items()
+        if name.endswith(".safetensors") and name in whole
+    )
 
 
 def repair_basis() -> type:

@@ -22,7 +22,7 @@ from service.contracts import IndexRecord
 from service.dispatcher import Dispatcher
 from service.jobs import Jobs
 from service.redis_server import connect
-from service.registry import MODELS
+from service.registry import MODELS, Registry
 from service.settings import Settings
 from service.storage import Storage
 from service.terms import JobState
@@ -34,8 +34,8 @@ LINES = b"".join(b'{"prompt": "the cat %d ", "completion": "sat on"}\n' % number
 
 
 class Served:
-    def __init__(self, world: Whole, index: IndexRecord, url: str) -> None:
-        self.world, self.index, self.url = world, index, url
+    def __init__(self, world: Whole, index: IndexRecord, url: str, registry: Registry) -> None:
+        self.world, self.index, self.url, self.registry = world, index, url, registry
         self.root = world.root
 
     def cli(self, *words: str) -> tuple[int, str]:
@@ -64,9 +64,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port, stop = free_port(), threading.Event()
     environment = pytest.MonkeyPatch()
     environment.setenv("WHENCE_REDIS_URL", address)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(Settings(storage_url=str(world.root))), port=port, log_level="warning")
-    )
+    served_app = create_app(Settings(storage_url=str(world.root)))
+    server = uvicorn.Server(uvicorn.Config(served_app, port=port, log_level="warning"))
     jobs = Jobs(connect(address))
     dispatcher = Dispatcher(jobs, world.lab.engine, name="one", lease_s=5, max_attempts=3)
     running = [threading.Thread(target=server.run), threading.Thread(target=dispatcher.run, args=(stop,))]
@@ -83,7 +82,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         job = client.build_index("x", model="m", dataset="up", layers=[1, 2], kinds=["activation"])
         client.wait(job.id)
         world.lab.concept("low", world.registry.get(MODELS, "m"), V, layer=1)
-        yield Served(world, client.index("x"), url)
+        yield Served(world, client.index("x"), url, served_app.state.services.registry)
     stop.set()
     server.should_exit = True
     for thread in running:
@@ -197,10 +196,15 @@ def test_a_damaged_record_of_a_dataset_is_put_back_by_the_same_upload(
     served: Served, client: Client, tmp_path: Path
 ) -> None:
     record = client.dataset("up")
+    upload = tmp_path / "up.jsonl"
+    data = served.flip("datasets/up/record.json")
+    upload.write_bytes(LINES)
+    assert client.upload_dataset("up", upload) == record  # this process still knows it
+    assert (served.root / "datasets/up/record.json").read_bytes() == data
     served.flip("datasets/up/record.json")
     redis = connect(served.world.lab._server.url)
     redis.delete("whence:datasets")
-    upload = tmp_path / "up.jsonl"
+    served.registry.rebuild()  # as a start does: nobody knows it any more
     upload.write_bytes(b'{"text": "another"}\n')
     with pytest.raises(WhenceError) as told:
         client.upload_dataset("up", upload)
@@ -210,6 +214,7 @@ def test_a_damaged_record_of_a_dataset_is_put_back_by_the_same_upload(
     again = client.upload_dataset("up", upload)
     assert (again.fingerprint, again.files) == (record.fingerprint, record.files)
     redis.delete("whence:datasets")
+    served.registry.rebuild()
     assert client.dataset("up") == again
     redis.close()
 

@@ -1,17 +1,23 @@
 """Nothing is believed before it has been checked: every flipped bit and every cut is told, by file, before use."""
 
+import json
 import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from redis import Redis
 
-from service import codec, indexes, verify
-from service.contracts import IndexRecord, JobRecord
+from service import artifacts, codec, datasets, indexes, keys, shards, verify
+from service.contracts import IndexRecord, JobRecord, Place
 from service.errors import Damaged
+from service.registry import DATASETS, Registry
 from service.storage import Storage
+from service.work import PassSpec, SumSpec
 from tests.whole import ASKED, Spy, Whole, broken
 
 CASES = 1000
@@ -65,6 +71,24 @@ def test_an_intact_version_has_no_damage_and_every_kind_of_file(world: Whole, in
     manifest = indexes.read_manifest(world.storage, index)
     assert {array.kind for array in manifest.arrays} == {"activation", "gradient", "influence"}
     assert len(manifest.sections[0].shards) == 2
+
+
+def test_what_sums_over_the_run_were_made_of_is_verified_too(world: Whole, index: IndexRecord) -> None:
+    """Token shares read the passes at every point, and their heads and curvature."""
+    files = checked(world, index)
+    ref = indexes.read_manifest(world.storage, index).sections[1].shards[0]
+    total = shards.read_manifest(world.storage, ref.key).work
+    assert isinstance(total, SumSpec) and len(total.sources) == 2
+    for key, _ in total.sources:
+        source = shards.read_manifest(world.storage, key)
+        assert isinstance(source.work, PassSpec) and source.work.influence is not None
+        assert {f"{shards.folder(key)}/{name}" for name in ("shard.json", *source.files)} <= files
+        for artifact in (source.work.influence.curvature, *(head.artifact for head in source.work.influence.heads)):
+            assert f"{artifacts.folder(artifact)}/artifact.json" in files
+        facts = artifacts.get(world.storage, source.work.influence.curvature).facts
+        named = [str(each) for fact, each in facts.items() if fact.startswith(("eigen:", "lambda:"))]
+        assert len(named) == 8
+        assert {f"{artifacts.folder(each)}/artifact.json" for each in named} <= files
 
 
 @pytest.mark.parametrize("name", [*ASKED, "tokens"])
@@ -135,6 +159,23 @@ def test_a_shard_that_another_machine_has_made_is_damage_although_it_agrees_with
     assert (found.file, found.belongs_to, found.pinned) == (str(path.relative_to(world.root)), "shard", ref.sha256)
 
 
+def test_every_bit_of_the_head_of_a_rows_file_matters(world: Whole, index: IndexRecord) -> None:
+    """numpy reads it before there is a hash to compare: no flip may end in an error of its own."""
+    ref = indexes.read_manifest(world.storage, index).sections[0].shards[0]
+    manifest = shards.read_manifest(world.storage, ref.key)
+    for array in manifest.arrays:
+        path = world.root / shards.folder(ref.key) / array.file
+        data, out = path.read_bytes(), np.zeros((len(manifest.ids), array.info.dims), dtype=np.float16)
+        shards.read_into(world.storage, manifest, array.info, out)
+        for place in range(128):
+            for bit in range(8):
+                path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+                with pytest.raises(Damaged):
+                    shards.read_into(world.storage, manifest, array.info, out)
+        path.write_bytes(data)
+        shards.read_into(world.storage, manifest, array.info, out)
+
+
 # --- a thousand flips and cuts ------------------------------------------------------------------------
 
 
@@ -182,3 +223,39 @@ def test_every_flip_and_every_cut_is_noticed_before_use(world: Whole, index: Ind
 def _of_others(file: str) -> bool:
     """Read when Redis is filled again, and of no consequence for an answer."""
     return file.startswith("models/")
+
+
+# --- seals ----------------------------------------------------------------------------------------------
+
+
+def test_a_seal_breaks_with_any_bit_any_cut_and_anything_added() -> None:
+    record = Place("é 😀.jsonl", 7)
+    sealed = codec.seal(codec.encode(record)).encode()
+    assert codec.unseal(Place, sealed) == codec.unseal(Place, sealed.decode()) == record
+    wrong = [sealed[:stop] for stop in range(len(sealed))]
+    wrong += [sealed + more for more in (b" ", b"\n", b"}", sealed)]
+    for place in range(len(sealed)):
+        for bit in range(8):
+            wrong.append(sealed[:place] + bytes([sealed[place] ^ (1 << bit)]) + sealed[place + 1 :])
+    for data in (*wrong, codec.encode(record).encode()):
+        with pytest.raises(ValueError):
+            codec.unseal(Place, data)
+    own = json.loads(sealed)["sha256"]
+    assert codec.unseal(Place, sealed, sha256=own) == record
+    with pytest.raises(ValueError):
+        codec.unseal(Place, sealed, sha256=own[::-1])
+
+
+def test_a_damaged_copy_in_redis_is_not_believed(registry: Registry, redis: Redis, storage: Storage) -> None:
+    parsed = datasets.parse(
+        BytesIO(b'{"text": "one"}'), "f", quarantine_malformed=False, max_bytes=99, max_line_bytes=99
+    )
+    record = datasets.publish(storage, "d", parsed)
+    registry.add(DATASETS, "d", record)
+    held = str(redis.hget(keys.records("datasets"), "d"))
+    for damaged in (held.replace('"lines":1', '"lines":2'), held[:-1], "", "{}"):
+        redis.hset(keys.records("datasets"), "d", damaged)
+        fresh = Registry(redis, storage)  # another process
+        assert fresh.remembered(DATASETS, "d") is None
+        assert fresh.all(DATASETS) == registry.all(DATASETS) == [record]
+        assert redis.hget(keys.records("datasets"), "d") == held  # and it is put right

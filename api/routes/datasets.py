@@ -148,6 +148,7 @@ def _store(
     if not datasets.same_content(known, parsed):
         detail = f"There is a dataset {dataset_id!r} with other content. Choose another id."
         raise Conflict("dataset_exists", detail, param="id")
+    services.registry.mend(DATASETS, dataset_id, known)
     for name in datasets.mend(services.storage, known, parsed):
         log.warning("%s was damaged, and is put back from the same content", name)
     return known
