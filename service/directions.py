@@ -101,10 +101,10 @@ class DirectionsService:
             query_set = self._registry.get(DATASETS, request.query_set, param="query_set")
         array = choose(index, query_set, request)
         spec = plan(index, array, request.count, request.seed)
-        stored = artifacts.find(self._storage, spec.key)
-        if stored is None:
+        known = artifacts.find_answer(self._storage, spec.key, FILE)
+        if known is None:
             return self._jobs.submit_once(spec.key, JobKind.DIRECTIONS, spec)
-        found, seconds = unpack(stored, artifacts.read(self._storage, stored, FILE))
+        found, seconds = unpack(*known)
         r = self._rows_of_r(array)
         near = self._lineage(index, array, r)
 

@@ -101,10 +101,10 @@ class RerankService:
         if not answer.hits:  # a filter that keeps nothing
             return _compared(query, answer, {}, {}, 0.0)
         spec = self._plan(prepared, answer)
-        stored = artifacts.find(self._storage, spec.key)
-        if stored is None:
+        known = artifacts.find_answer(self._storage, spec.key, SCORES)
+        if known is None:
             return self._jobs.submit_once(spec.key, JobKind.RERANK, spec)
-        held = artifacts.read(self._storage, stored, SCORES)
+        stored, held = known
         exact = dict(zip(_sorted_ids(answer), held["scores"].tolist(), strict=True))
         reasons: dict[str, str] = json.loads(held["reasons"].tobytes())
         return _compared(query, answer, exact, reasons, float(stored.facts["seconds"]))
@@ -156,7 +156,7 @@ class RerankService:
         """An input of the job, named by its content; too large to travel in the job's record."""
         (name, tensor) = next(iter(tensors.items()))
         key = codec.digest([FORMAT, "rerank", stem, name, list(tensor.shape), tensor.tobytes().hex()])
-        if artifacts.find(self._storage, key) is None:
+        if artifacts.find_answer(self._storage, key, stem) is None:
             artifacts.publish(self._storage, key, {stem: tensors})
         return key
 

@@ -313,6 +313,17 @@ def test_a_job_stops_between_shards_and_runs_again(world, asking, index):
     assert world.lab.engine.run(job, Quiet(job, {})) == {"directions": job.spec["key"]}
 
 
+def test_damaged_directions_are_found_again(world, asking, index):
+    whole = asking.ask(index, seed=21)
+    (job,) = asking.ran
+    name = f"{artifacts.folder(job.spec['key'])}/{FILE}.safetensors"
+    data = world.lab.storage.read(name)
+    world.lab.storage.write(name, data[: len(data) // 2])
+    again = asking.ask(index, seed=21)
+    assert len(asking.ran) == 1
+    assert [each.value for each in again.directions] == [each.value for each in whole.directions]
+
+
 def test_one_example_has_one_direction(world, asking):
     world.lab.dataset("single", TRAIN[:1])
     index, _ = world.lab.build("single", "m", "single", LAYER, kinds=("influence",), query_sets=("q",), **ABOUT)

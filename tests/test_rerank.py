@@ -369,6 +369,22 @@ def test_running_a_finished_job_again_does_nothing(world, asking, coarse):
     assert world.tasks == []
 
 
+def test_damaged_scores_or_candidates_are_made_again(world, asking, coarse):
+    about = CONCEPT | {"concept": "v7"}
+    whole = asking.ask(coarse, 12, **about)
+    (job,) = asking.ran
+    for key, stem in ((job.spec["key"], SCORES), (job.spec["candidates"], "candidates")):
+        name = f"{artifacts.folder(key)}/{stem}.safetensors"
+        data = world.lab.storage.read(name)
+        world.lab.storage.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+        if stem == "candidates":  # noticed when they are needed, which is now
+            world.lab.storage.remove(f"{artifacts.folder(job.spec['key'])}/{artifacts.MANIFEST}")
+        again = asking.ask(coarse, 12, **about)
+        assert [ran.kind for ran in asking.ran] == [JobKind.RERANK]
+        assert again.hits == whole.hits
+        assert world.lab.storage.read(name) == data
+
+
 # --- refused ----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from workers.stages import Stages
 
 def compute(stages: Stages, spec: DirectionsSpec, manifest: IndexManifest) -> dict[str, object]:
     """Publish the directions under ``spec.key``, unless they are there. Raises Damaged, Invalid."""
-    if artifacts.find(stages.storage, spec.key) is not None:  # an earlier attempt died after publishing
+    if (
+        artifacts.find_answer(stages.storage, spec.key, directions.FILE) is not None
+    ):  # an earlier attempt died after publishing
         return {"directions": spec.key}
     began = time.perf_counter()
     stored = RowBlocks(stages.storage, manifest, spec.array)
@@ -34,5 +36,5 @@ def compute(stages: Stages, spec: DirectionsSpec, manifest: IndexManifest) -> di
         raise Invalid("no_rows", detail, param="index")
     tensors, facts = directions.pack(found, time.perf_counter() - began)
     stages.context.check()
-    artifacts.publish(stages.storage, spec.key, tensors, facts=facts)
+    artifacts.publish(stages.storage, spec.key, tensors, facts=facts, answer=True)
     return {"directions": spec.key, "count": len(found.values), "share": float(found.shares.sum())}

@@ -59,7 +59,9 @@ def compute(
     stages: Stages, registry: Registry, spec: RerankSpec, manifest: IndexManifest, model: ModelRecord
 ) -> dict[str, object]:
     """Publish the scores under ``spec.key``. Raises Invalid when no curvature stands behind the index."""
-    if artifacts.find(stages.storage, spec.key) is not None:  # an earlier attempt died after publishing
+    if (
+        artifacts.find_answer(stages.storage, spec.key, reranking.SCORES) is not None
+    ):  # an earlier attempt died after publishing
         return {"rerank": spec.key}
     tracked, fitted = manifest.tracked, manifest.curvature
     if tracked is None or fitted is None:  # the api says so before there is a job
@@ -86,7 +88,7 @@ def compute(
     seconds = round(time.perf_counter() - began, 3)
     stages.context.check()
     tensors = {reranking.SCORES: {"scores": values, "reasons": told}}
-    artifacts.publish(stages.storage, spec.key, tensors, facts=facts | {"seconds": seconds})
+    artifacts.publish(stages.storage, spec.key, tensors, facts=facts | {"seconds": seconds}, answer=True)
     return {"rerank": spec.key, "candidates": len(candidates), "points": len(points), "seconds": seconds}
 
 
