@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from api import cli_life, cli_repair  # noqa: F401  (add their commands to those of indexes)
 from api.cli_aliases import aliases_app, registry_app
 from api.cli_asked import with_asked
+from api.cli_directions import directions
 from api.cli_indexes import indexes_app
 from api.cli_rankings import (
     AllOption,
@@ -23,6 +24,7 @@ from api.cli_rankings import (
     groups_of,
     show_groups,
 )
+from api.cli_rerank import ExactOption, rerank
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -67,6 +69,7 @@ for _name, _sub in (
 ):
     app.add_typer(_sub, name=_name)
 app.command("compare")(compare)
+indexes_app.command("directions")(directions)
 
 
 def main() -> None:
@@ -300,6 +303,7 @@ def query(
         int,
         typer.Option(help="Show what the tokens of so many first hits add to the score.", min=0, max=100),
     ] = 0,
+    exact: ExactOption = 0,
     to_file: AllOption = None,
     metadata: MetadataOption = False,
     group_by: GroupByOption = None,
@@ -311,6 +315,13 @@ def query(
     """Which training examples pushed the model toward the concept? Positive score: training on it did."""
     if to_file is not None and group_by is not None:
         raise typer.BadParameter("--all and --group-by are two questions: ask one after the other.")
+    if exact:
+        if tokens or to_file is not None or group_by is not None:
+            raise typer.BadParameter(
+                "--exact makes a ranking of its own: leave --tokens, --all and --group-by out."
+            )
+        rerank(url, options | {"k": k}, exact, as_json)
+        return
     with connect(url) as client:
         if to_file is not None:
             download_all(client, options, to_file, metadata=metadata)

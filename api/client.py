@@ -17,6 +17,7 @@ from uuid import uuid4
 import httpx
 
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
+from api.schemas_evidence import DirectionsOut, RerankOut
 from api.schemas_rankings import CompareOut, GroupsOut
 from service import codec
 from service.contracts import (
@@ -34,6 +35,7 @@ from service.terms import TERMINAL, JobState
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
+_MOST_JOBS = 3  # that one answer may need, one after another
 _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
@@ -244,6 +246,45 @@ class Client:
         if response.status_code == httpx.codes.ACCEPTED:
             return codec.from_plain(JobRecord, response.json())
         return [TokenSharesOut.model_validate(item) for item in response.json()["items"]]
+
+    def rerank(
+        self, *, index: str, concept: str | None = None, candidates: int = 200, **options: Any
+    ) -> RerankOut | JobRecord:
+        """The best candidates of a query in the order of their exact EK-FAC scores, or the job that must end first
+        (then ask again, or use ``settle``).
+
+        ``options`` as in ``api.schemas.QueryIn`` (method, query_set, damping, k, …).
+        """
+        body = {"index": index, "concept": concept, "candidates": candidates, **options}
+        response = self._send("POST", "/v1/queries/rerank", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return RerankOut.model_validate_json(response.content)
+
+    def directions(self, reference: str, **options: Any) -> DirectionsOut | JobRecord:
+        """What the dataset of an index does to the model: its main directions, or the job that finds them.
+
+        ``options`` as in ``api.schemas_evidence.DirectionsIn`` (query_set, layer, count, examples, …).
+        """
+        response = self._send("POST", f"/v1/indexes/{reference}/directions", json=options)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return DirectionsOut.model_validate_json(response.content)
+
+    def settle(self, call: Callable[[], T | JobRecord], *, wait: Callable[[JobRecord], object] | None = None) -> T:
+        """What ``call`` answers once the jobs that it names have ended: ``settle(lambda: whence.rerank(…))``.
+
+        ``wait`` follows a job to its end; the default is ``self.wait``. Raises JobFailed.
+        """
+        for _ in range(_MOST_JOBS):
+            answer = call()
+            if not isinstance(answer, JobRecord):
+                return answer
+            (wait or (lambda job: self.wait(job.id)))(answer)
+        answer = call()
+        if isinstance(answer, JobRecord):
+            raise WhenceError(202, {"code": "not_ready", "detail": f"Job {answer.id} is still needed; ask again."})
+        return answer
 
     # --- aliases, registry --------------------------------------------------------------------------
 

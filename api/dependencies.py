@@ -7,9 +7,11 @@ from fastapi import Depends, Request, Response
 from redis import Redis
 
 from service.contracts import JobRecord
+from service.directions import DirectionsService
 from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
+from service.reranking import RerankService
 from service.settings import Settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -24,6 +26,8 @@ class Services:
     jobs: Jobs
     queries: QueryService
     whole: WholeRankings
+    directions: DirectionsService
+    reranking: RerankService
 
 
 async def _services(request: Request) -> Services:

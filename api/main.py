@@ -15,16 +15,30 @@ from fastapi import FastAPI
 
 from api import problems
 from api.dependencies import Services
-from api.routes import aliases, concepts, datasets, health, indexes, jobs, models, queries, rankings
+from api.routes import (
+    aliases,
+    concepts,
+    datasets,
+    directions,
+    health,
+    indexes,
+    jobs,
+    models,
+    queries,
+    rankings,
+    rerank,
+)
 from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
+from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
 from service.jobs import Jobs
 from service.loading import IndexLoader
 from service.queries import QueryService
 from service.redis_server import connect
 from service.registry import Registry
+from service.reranking import RerankService
 from service.settings import Settings, load_settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -57,9 +71,12 @@ def create_app(settings: Settings) -> FastAPI:
         jobs=work,
         queries=ranked,
         whole=WholeRankings(ranked, loader),
+        directions=DirectionsService(registry, storage, work, loader),
+        reranking=RerankService(registry, storage, work, loader, ranked, settings),
     )
     problems.install(app)
-    for module in (models, datasets, indexes, aliases, concepts, queries, rankings, jobs, registry_routes, health):
+    shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
+    for module in (*shown, registry_routes, health):
         app.include_router(module.router)
     return app
 

@@ -163,6 +163,35 @@ class RepairSpec:
     index: str  # id of a version
 
 
+@dataclass(frozen=True)
+class DirectionsSpec:
+    """The top singular directions of one influence embedding."""
+
+    key: str
+    index: str
+    array: ArrayInfo
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class RerankSpec:
+    """Exact EK-FAC scores of some examples of an index, for the question that ``array`` answers."""
+
+    key: str
+    index: str
+    array: ArrayInfo  # whose approximate scores chose them
+    candidates: str  # artifact with their ids
+    query_set: str
+    damping: float
+    direction: str | None  # artifact that holds v̂ as one row; None: the loss on the query set
+    layer: int | None
+    pooling: Pooling | None
+    function: ConceptFunction
+    curvature_bytes: int
+    shard_size: int
+
+
 JobSpec = (
     BuildIndexSpec
     | EstimateSpec
@@ -175,6 +204,8 @@ JobSpec = (
     | TokenSharesSpec
     | VerifySpec
     | RepairSpec
+    | DirectionsSpec
+    | RerankSpec
 )
 
 

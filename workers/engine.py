@@ -16,19 +16,21 @@ from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
 from service.specs import (
     BuildIndexSpec,
+    DirectionsSpec,
     EstimateSpec,
     ExtendIndexSpec,
     FitConceptSpec,
     IndexManifest,
     QueryGradientSpec,
     RepairSpec,
+    RerankSpec,
     TokenSharesSpec,
     VerifySpec,
 )
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import probes, repair, tokens
+from workers import directions_job, probes, repair, rerank, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -71,6 +73,10 @@ class RayEngine:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
+            case JobKind.DIRECTIONS:
+                return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
+            case JobKind.RERANK:
+                return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )
@@ -194,6 +200,15 @@ class RayEngine:
         assert not isinstance(found, Missing)  # noqa: S101  (it has just been made)
         count = tokens.compute(stages, spec.key, manifest, model, parts, found, spec.examples)
         return {"shares": spec.key, "examples": count}
+
+    def _directions(self, spec: DirectionsSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return directions_job.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _rerank(self, spec: RerankSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        manifest = indexes.read_manifest(self._storage, index)
+        return rerank.compute(stages, self._registry, spec, manifest, self._model(index.model, manifest.spec))
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""

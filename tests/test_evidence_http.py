@@ -1,0 +1,179 @@
+"""Directions and exact re-ranks over HTTP, in the client and on the command line."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from api.cli import app
+from api.client import Client
+from api.schemas_evidence import DirectionsOut, RerankOut
+from service.contracts import Completion, JobRecord
+from service.terms import JobKind
+from tests import tiny
+from tests.test_influence_build import OTHERS, QUERIES, TRAIN, save
+
+pytestmark = pytest.mark.stack
+
+ASKED = {"index": "evidence", "concept": "ev", "method": "concept_influence", "query_set": "ev-q"}
+
+
+@pytest.fixture(scope="module")
+def built(stack, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("evidence")
+    start, end = save(folder / "start", 1), save(folder / "end", 2)
+    with Client(stack.url) as client:
+        client.add_model("ev-start", str(start))
+        client.add_model("ev-end", str(end), base="ev-start")
+        sides = {"ev-pos": QUERIES, "ev-neg": OTHERS}
+        for name, examples in {"ev-d": TRAIN, "ev-q": QUERIES, **sides}.items():
+            client.upload_dataset(name, lines(folder / f"{name}.jsonl", examples))
+        fit = client.fit_concept("ev", model="ev-end", positive="ev-pos", negative="ev-neg", layer=2)
+        client.wait(fit.id)
+        about = {"layers": [2], "query_sets": ["ev-q"], "kinds": ["gradient", "influence"]}
+        few = {"coordinates": 60, "embedding_coordinates": 60, "projection_dim": 4}
+        client.wait(client.build_index("evidence", model="ev-end", dataset="ev-d", **about, **few).id)
+
+
+def lines(path: Path, examples) -> Path:
+    rows = []
+    for number, example in enumerate(examples):
+        content = cast("Completion", example.content)
+        rows.append(json.dumps({"prompt": content.prompt, "completion": content.completion, "number": number}))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_rerank_is_a_job_and_then_an_answer(built, client: Client):
+    first = client.rerank(**ASKED, candidates=12, k=5)
+    assert isinstance(first, JobRecord)
+    assert first.kind == JobKind.RERANK
+    assert client.rerank(**ASKED, candidates=12, k=5).id == first.id
+    client.wait(first.id)
+    answer = client.rerank(**ASKED, candidates=12, k=5)
+    assert isinstance(answer, RerankOut)
+    assert (answer.candidates, len(answer.hits), answer.points) == (12, 5, 2)
+    assert [hit.rank for hit in answer.hits] == [1, 2, 3, 4, 5]
+    assert [hit.score for hit in answer.hits] == sorted((hit.score for hit in answer.hits), reverse=True)
+    plain = client.ask(**ASKED, k=12)
+    known = {hit.example_id: hit for hit in plain.hits}
+    for hit in answer.hits:
+        before = known[hit.example_id]
+        assert (hit.approximate_rank, hit.text, hit.places) == (before.rank, before.text, before.places)
+        assert hit.approximate_score == pytest.approx(before.score, rel=1e-5)
+    assert answer.concept.id == "ev"
+    assert answer.seconds > 0
+
+
+def test_a_loss_query_needs_two_jobs_and_settle_waits_for_both(built, client: Client):
+    kinds = []
+
+    def wait(job: JobRecord) -> None:
+        kinds.append(job.kind)
+        client.wait(job.id)
+
+    about = {"index": "evidence", "method": "influence_function", "query_set": "ev-q", "candidates": 10}
+    answer = client.settle(lambda: client.rerank(**about), wait=wait)
+    assert kinds == [JobKind.QUERY_GRADIENT, JobKind.RERANK]
+    assert (answer.concept, answer.candidates, answer.points) == (None, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"method": "vector_filter"}, "nothing_to_rerank", "method"),
+        ({"candidates": 0}, "invalid_request", "candidates"),
+        ({"candidates": 10_001}, "invalid_request", "candidates"),
+        ({"k": 0}, "invalid_request", "k"),
+        ({"candidate": 3}, "invalid_request", "candidate"),
+        ({"concept": "nobody"}, "concept_not_found", "concept"),
+        ({"index": "nowhere"}, "index_not_found", "index"),
+        ({"damping": 3.0, "through": "influence"}, "damping_not_indexed", "damping"),
+    ],
+)
+def test_a_rerank_that_cannot_be_is_a_problem(built, stack, change, code, param):
+    response = httpx.post(f"{stack.url}/v1/queries/rerank", json=ASKED | change)
+    assert response.status_code in {404, 422}
+    assert (response.json()["code"], response.json()["param"]) == (code, param)
+
+
+def test_directions_are_a_job_and_then_an_answer(built, client: Client):
+    first = client.directions("evidence", count=3, examples=2)
+    assert isinstance(first, JobRecord)
+    assert first.kind == JobKind.DIRECTIONS
+    client.wait(first.id)
+    answer = client.directions("evidence", count=3, examples=2)
+    assert isinstance(answer, DirectionsOut)
+    assert (answer.index, answer.query_set, answer.layer, answer.rows) == ("evidence@v1", "ev-q", 2, 80)
+    assert (len(answer.directions), answer.dims, answer.points) == (3, tiny.WIDTH, 2)
+    assert all(len(each.most) == len(each.least) == 2 for each in answer.directions)
+    assert all(each.most[0].score > each.least[0].score for each in answer.directions)
+    assert answer.directions[0].vector is None
+    assert [each.concepts[0].concept for each in answer.directions] == ["ev"] * 3
+    again = client.directions("evidence", count=3, examples=0, vectors=True)
+    assert isinstance(again, DirectionsOut)
+    assert len(again.directions[0].vector) == tiny.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"layer": 1}, "layer_not_indexed", "layer"),
+        ({"query_set": "ev-d"}, "query_set_not_indexed", "query_set"),
+        ({"query_set": "nobody"}, "dataset_not_found", "query_set"),
+        ({"count": 0}, "invalid_request", "count"),
+        ({"count": 101}, "invalid_request", "count"),
+        ({"damping": -1}, "invalid_request", "damping"),
+        ({"typo": 1}, "invalid_request", "typo"),
+    ],
+)
+def test_directions_that_cannot_be_are_a_problem(built, stack, change, code, param):
+    response = httpx.post(f"{stack.url}/v1/indexes/evidence/directions", json=change)
+    assert response.status_code in {404, 422}
+    assert (response.json()["code"], response.json()["param"]) == (code, param)
+    missing = httpx.post(f"{stack.url}/v1/indexes/nowhere/directions", json={})
+    assert (missing.status_code, missing.json()["code"]) == (404, "index_not_found")
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def whence(stack, *words: str) -> str:
+    result = CliRunner().invoke(app, [*words, "--url", stack.url], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+QUERY = ("query", "--index", "evidence", "--concept", "ev", "--method", "concept_influence", "--query-set", "ev-q")
+
+
+def test_the_command_for_exact_ranks_waits_and_shows_both(built, stack, client: Client):
+    shown = whence(stack, *QUERY, "--exact", "9", "-k", "4")
+    assert "exact" in shown
+    assert "9 candidates of evidence@v1" in shown
+    assert "summed over 2 points of the run" in shown
+    told = json.loads(whence(stack, *QUERY, "--exact", "9", "-k", "4", "--json"))
+    assert len(told["hits"]) == 4
+    assert f"{told['hits'][0]['score']:+.4g}" in shown
+
+
+def test_exact_ranks_have_no_shares_of_tokens(built, stack):
+    result = CliRunner().invoke(app, [*QUERY, "--exact", "9", "--tokens", "1", "--url", stack.url])
+    assert result.exit_code == 2
+    assert "--exact" in result.output
+
+
+def test_the_command_for_directions_shows_a_table(built, stack):
+    shown = whence(stack, "indexes", "directions", "evidence", "--count", "2", "--examples", "1")
+    told = json.loads(
+        whence(stack, "indexes", "directions", "evidence", "--count", "2", "--examples", "1", "--json")
+    )
+    assert "█" in shown
+    assert "what all examples have in common" in shown
+    for each in told["directions"]:
+        assert f"{each['share']:.1%}" in shown
+        assert f"ev {each['concepts'][0]['cosine']:+.2f}" in shown
+    assert shown.count("ev-d.jsonl:") == 4
