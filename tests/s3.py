@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 
 from api.up import die_with_parent, free_port
 
-KEY, SECRET = "AKIAWHENCETEST", "not-a-secret-but-do-not-print-it"  # noqa: S105
+KEY, SECRET = "AKIAWHENCETEST", "not-a-secret-but-do-not-print-it"
+PAGE = 50  # entries of a listing that come at once
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -44,6 +46,7 @@ class Moto:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -81,7 +84,8 @@ class Moto:
         self._post("reset-auth", str(after).encode())
 
     def _post(self, what: str, data: bytes) -> None:
-        with _direct.open(f"{self.url}/moto-api/{what}", data=data, timeout=10) as answer:
+        url, plain = f"{self.url}/moto-api/{what}", {"Content-Type": "text/plain"}
+        with _direct.open(urllib.request.Request(url, data, plain), timeout=10) as answer:  # noqa: S310
             answer.read()
 
 

@@ -160,6 +160,17 @@ def busy(folder: Path, seed: int) -> subprocess.Popen:
     return process
 
 
+def holder(path: Path) -> subprocess.Popen:
+    """A process that has locked the file and sleeps."""
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    return process
+
+
 def test_processes_share_a_folder_and_kill_9_costs_nothing(tmp_path: Path) -> None:
     largest, told = 0, ""
     for round_number in range(4):
@@ -284,10 +295,7 @@ def test_a_process_that_hangs_with_the_count_in_hand_stops_nobody(
     monkeypatch.setattr("service.local_cache._PATIENCE_S", 0.1)
     cache = FileCache(tmp_path, 1000)
     cache.put(*made(1))
-    holder = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / ".ledger")], stdout=subprocess.PIPE)
-    assert process.stdout
-    process.stdout.readline()
+    process = holder(tmp_path / ".ledger")
     cache.put(*made(2))
     assert cache.get(made(1)[0]) == made(1)[1]
     assert cache.get(made(2)[0]) is None
