@@ -19,7 +19,7 @@ _S3 = ("s3", "s3a")
 # repeats what broke off in mid-body. Both together: a store that is down is told after seconds, one that accepts
 # connections and says nothing after 2 × 2 × 3 × 15 s.
 _S3_CONFIG = {
-    "retries": {"mode": "standard", "max_attempts": 3},
+    "retries": {"mode": "standard", "total_max_attempts": 3},
     "connect_timeout": 5,
     "read_timeout": 15,
     "max_pool_connections": 32,  # the api reads from many threads

@@ -3,9 +3,11 @@
 What both promise alike is in test_storage.py. A proxy in front of the server counts requests and breaks them.
 """
 
+import contextlib
 import errno
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -247,16 +249,17 @@ def test_missing_credentials_are_told_by_the_names_of_their_variables(
         assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in error.detail
 
 
-@pytest.mark.parametrize("who", ["a stranger", "somebody without rights"])
+@pytest.mark.parametrize("who", ["a stranger", "somebody without rights", "a wrong secret"])
 def test_who_may_not_is_told_what_to_set(
     bucket: str, s3_server: s3.Moto, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
-    if who == "somebody without rights":
+    if who != "a stranger":
         iam = s3_server.boto("iam")
         iam.create_user(UserName="weak")
         key = iam.create_access_key(UserName="weak")["AccessKey"]
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        secret = key["SecretAccessKey"] if who == "somebody without rights" else s3.SECRET
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     s3_server.check_credentials(after=0)
     try:
         for name, error in everything(Storage(bucket)):
@@ -352,6 +355,24 @@ def test_an_error_that_stays_is_told_after_a_bounded_number_of_tries(proxy: s3.P
     assert 3 <= len(proxy.requests) - before <= 12
     proxy.failures.clear()
     assert storage.read("a") == b"x"
+
+
+def test_a_store_that_takes_requests_and_never_answers_is_given_up(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_S3_CONFIG", object_store._S3_CONFIG | {"read_timeout": 0.2})
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:  # the kernel accepts, nobody reads
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Unavailable) as told:
+            Storage(bucket).read("a")
+        silent.setblocking(False)
+        tries = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                tries += 1
+    assert told.value.code == "storage_unavailable"
+    assert 3 <= tries <= 12
 
 
 @pytest.mark.parametrize("after", [0, 1, 50_000])
