@@ -59,6 +59,20 @@ class Storage:
             return False
         return True
 
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        path = self._path(key)
+        if self._local:
+            try:
+                return Path(path).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        try:
+            with self._remote(key) as fs:
+                return int(fs.info(path)["size"])
+        except NotFound:
+            return None
+
     def read(self, key: str, *, sha256: str | None = None, cached: bool = True) -> bytes:
         """The bytes of ``key``; with ``sha256`` they are checked before anybody uses them.
 

@@ -216,6 +216,7 @@ def everything(storage: Storage, *left_out: str) -> Iterator[tuple[str, Unavaila
         "read": lambda: storage.read("a/b"),
         "checked read": lambda: storage.read("a/b", sha256="0" * 64),
         "exists": lambda: storage.exists("a/b"),
+        "size": lambda: storage.size("a/b"),
         "write": lambda: storage.write("a/b", b"x"),
         "large write": lambda: storage.write("a/b", b"x" * (101 << 20)),
         "remove": lambda: storage.remove("a/b"),
@@ -273,7 +274,9 @@ def test_who_may_not_is_told_what_to_set(
 def test_a_store_that_is_not_there_is_told_with_its_address_and_in_time(proxy: s3.Proxy, bucket: str) -> None:
     storage = Storage(bucket)
     proxy.down()
-    for name, error in everything(storage, "checked read", "large write", "remove", "folders"):  # seconds each
+    for name, error in everything(
+        storage, "checked read", "large write", "remove", "folders", "size"
+    ):  # seconds each
         assert error.code == "storage_unavailable", name
         assert error.detail.startswith(f"Storage {bucket} at {proxy.url} does not answer"), error.detail
         assert "AWS_ENDPOINT_URL" in error.detail

@@ -44,6 +44,7 @@ def test_what_is_written_is_read_and_its_hash_returned(store: Storage) -> None:
     assert digest == sha256_bytes(data)
     assert store.read("a/b/c.bin", sha256=digest) == data
     assert store.exists("a/b/c.bin")
+    assert (store.size("a/b/c.bin"), store.size("a/b/d.bin"), store.size("a/b/c.bin/x")) == (len(data), None, None)
     assert store.write("a/b/c.bin", b"") == sha256_bytes(b"")
     assert store.read("a/b/c.bin") == b""
 
