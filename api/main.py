@@ -55,7 +55,7 @@ error is an RFC 9457 problem document with a stable `code` and the offending `pa
 def create_app(settings: Settings) -> FastAPI:
     """The application, connected. Raises Unavailable when Redis cannot be reached."""
     redis = connect(settings.redis_url.get_secret_value())
-    storage = Storage(settings.storage_root)
+    storage = Storage(settings.storage_root, cache=settings.cache)
     registry = Registry(redis, storage)
     registry.rebuild()
     threading.Thread(target=kernels.warm, name="warm", daemon=True).start()

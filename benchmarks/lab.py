@@ -105,12 +105,12 @@ class Lab:
         self._server = EmbeddedRedis(folder / "redis")
         self._server.start()
         self.redis = connect(self._server.url)
-        self.storage = Storage(str(folder / "storage"))
+        self.settings = Settings(home=folder, **settings)  # pyright: ignore[reportCallIssue]
+        self.storage = Storage(self.settings.storage_root, cache=self.settings.cache)
         self.registry = Registry(self.redis, self.storage)
         self.registry.rebuild()
-        self.settings = Settings(home=folder, **settings)  # pyright: ignore[reportCallIssue]
         self.engine = RayEngine(
-            self.redis, self.registry, self.storage, InlinePool(str(folder / "storage"), threads=threads)
+            self.redis, self.registry, self.storage, InlinePool(self.storage.root, threads=threads)
         )
         self.jobs = Jobs(self.redis)
 

@@ -307,7 +307,7 @@ def mend(storage: Storage, record: DatasetRecord, parsed: Parsed) -> list[str]:
     for name, data in _files(parsed).items():
         file = f"datasets/{record.id}/{name}"
         try:
-            storage.read(file, sha256=record.files[name])
+            storage.read(file, sha256=record.files[name], cached=False)
         except (NotFound, Damaged):
             storage.write(file, data)
             mended.append(file)

@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import Invalid
+from service.local_cache import CacheAt
 
 
 class Settings(BaseSettings):
@@ -20,6 +21,11 @@ class Settings(BaseSettings):
     storage_url: str = Field(
         "",
         description="Where models, datasets, indexes live: a folder or an fsspec URL. Default: HOME/storage.",
+    )
+    cache_bytes: int = Field(
+        8 << 30,
+        ge=0,
+        description="Disk for files of a remote storage, in HOME/cache of every machine that reads them; 0: none.",
     )
     redis_url: SecretStr = Field(
         SecretStr(""),
@@ -82,6 +88,11 @@ class Settings(BaseSettings):
     def storage_root(self) -> str:
         """The storage address as fsspec understands it."""
         return self.storage_url or str((self.home.expanduser() / "storage").absolute())
+
+    @cached_property
+    def cache(self) -> CacheAt:
+        """Where files of a remote storage are kept on this machine."""
+        return CacheAt((self.home.expanduser() / "cache").absolute(), self.cache_bytes)
 
     @cached_property
     def allowed_roots(self) -> tuple[Path, ...]:

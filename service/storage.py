@@ -9,14 +9,13 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-import fsspec
-
+from service import object_store
 from service.errors import Damaged, Forbidden, Invalid, NotFound
-
-_LOCAL = ("file", "local")
+from service.local_cache import CacheAt, FileCache
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -30,58 +29,87 @@ def sha256_file(path: Path) -> str:
 
 
 class Storage:
-    """Keys are relative POSIX paths; ``root`` is a folder or an fsspec URL such as s3://bucket/prefix."""
+    """Keys are relative POSIX paths; ``root`` is a folder or an fsspec URL such as s3://bucket/prefix.
 
-    def __init__(self, root: str) -> None:
+    Safe in many threads, and in a forked child. Raises Unavailable when a remote root does not answer, with
+    what to set; ``cache`` keeps what was read from a remote root by its hash, and is nothing to a folder.
+    """
+
+    def __init__(self, root: str, *, cache: CacheAt | None = None) -> None:
         self.root = root
-        self._fs, self._base = fsspec.core.url_to_fs(root)
-        protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
-        self._local = any(name in _LOCAL for name in protocols)
+        self._process = os.getpid()
+        self._fs, self._base, self._local = object_store.connect(root)
+        wanted = cache is not None and cache.max_bytes > 0 and not self._local
+        self._cache = FileCache(cache.folder, cache.max_bytes) if cache is not None and wanted else None
         if self._local:
             Path(self._base).mkdir(parents=True, exist_ok=True)
 
-    def _path(self, key: str) -> str:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts:
-            raise Invalid("bad_storage_key", f"{key!r} is not a relative path without '..'.")
-        return f"{self._base.rstrip('/')}/{key}"
-
     def local_path(self, key: str) -> Path | None:
-        """Where ``key`` lies on this machine's disk; None on an object store."""
+        """Where the file of ``key`` lies on this machine, be it there or not; None on a remote root."""
         return Path(self._path(key)) if self._local else None
 
     def exists(self, key: str) -> bool:
-        return bool(self._fs.exists(self._path(key)))
+        path = self._path(key)
+        if self._local:
+            return Path(path).exists()
+        try:
+            with self._remote(key) as fs:
+                fs.info(path)
+        except NotFound:
+            return False
+        return True
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when there is none."""
+        path = self._path(key)
+        if self._local:
+            try:
+                return Path(path).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         try:
-            return int(self._fs.info(self._path(key), refresh=True)["size"])
-        except FileNotFoundError:
+            with self._remote(key) as fs:
+                return int(fs.info(path)["size"])
+        except NotFound:
             return None
 
-    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+    def read(self, key: str, *, sha256: str | None = None, cached: bool = True) -> bytes:
         """The bytes of ``key``; with ``sha256`` they are checked before anybody uses them.
 
-        Raises NotFound when there is no such file, Damaged when the hash differs.
+        With ``cached`` false they come from the store itself, whatever this machine holds of them. Raises
+        NotFound when there is no such file, Damaged when the hash differs, Unavailable.
         """
-        try:
-            data: bytes = self._fs.cat_file(self._path(key))
-        except FileNotFoundError as error:
-            raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
+        path = self._path(key)
+        cache = self._cache if sha256 is not None and cached else None
+        if cache is not None and sha256 is not None and (held := cache.get(sha256)) is not None:
+            return held
+        data = self._read_local(key, path) if self._local else self._read_remote(key, path)
         if sha256 is not None and sha256_bytes(data) != sha256:
             raise Damaged(
                 "damaged_file",
                 f"{key} is not what its manifest says (sha256 differs). Rebuild it.",
                 param=key,
             )
+        if cache is not None and sha256 is not None:
+            cache.put(sha256, data)
         return data
+
+    def _read_local(self, key: str, path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
+
+    def _read_remote(self, key: str, path: str) -> bytes:
+        with self._remote(key) as fs:
+            return fs.cat_file(path)
 
     def write(self, key: str, data: bytes) -> str:
         """Publish ``data`` at ``key`` atomically, replacing what was there; returns its sha256."""
         path = self._path(key)
         if not self._local:
-            self._fs.pipe_file(path, data)
+            with self._remote(key) as fs:
+                fs.pipe_file(path, data)
             return sha256_bytes(data)
         target = Path(path)
         _make_folder(target.parent)
@@ -99,8 +127,12 @@ class Storage:
 
     def remove(self, key: str) -> None:
         """Delete a file; one that is not there is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(key))
+        path = self._path(key)
+        if self._local:
+            Path(path).unlink(missing_ok=True)
+            return
+        with contextlib.suppress(NotFound), self._remote(key) as fs:
+            fs.rm_file(path)
 
     def publish(self, folder: str, files: Mapping[str, bytes], manifest: tuple[str, bytes]) -> None:
         """Write ``files`` into ``folder`` and, when all of them are safe, the manifest (name, bytes)."""
@@ -110,21 +142,62 @@ class Storage:
 
     def folders(self, key: str) -> list[str]:
         """Names of the folders directly below ``key``, sorted; empty when there is no such folder."""
-        return sorted(
-            PurePosixPath(entry["name"].rstrip("/")).name
-            for entry in self._entries(key)
-            if entry["type"] == "directory"
-        )
+        return sorted(name for name, kind in self._entries(key) if kind == "directory")
 
     def files(self, key: str) -> list[str]:
         """Names of the files directly below ``key``, sorted, unfinished ones left out."""
-        names = [PurePosixPath(entry["name"]).name for entry in self._entries(key) if entry["type"] == "file"]
-        return sorted(name for name in names if not name.endswith(".tmp"))
+        return sorted(name for name, kind in self._entries(key) if kind == "file" and not name.endswith(".tmp"))
 
-    def _entries(self, key: str) -> list[dict[str, str]]:
-        with contextlib.suppress(FileNotFoundError):
-            return self._fs.ls(self._path(key), detail=True, refresh=True)
-        return []
+    def _entries(self, key: str) -> list[tuple[str, str]]:
+        """(name, type) of what lies directly below ``key``."""
+        path = self._path(key)
+        if self._local:
+            try:
+                with os.scandir(path) as entries:
+                    return [(entry.name, "directory" if entry.is_dir() else "file") for entry in entries]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        try:
+            with self._remote(key) as fs:
+                listed = fs.ls(path, detail=True, refresh=True)
+        except NotFound:
+            return []
+        found = [(entry["name"].rstrip("/"), entry["type"]) for entry in listed]
+        # Not the file itself, nor the empty object by which consoles mark a folder.
+        return [(PurePosixPath(name).name, kind) for name, kind in found if name != path]
+
+    def _path(self, key: str) -> str:
+        """Where ``key`` lies in the filesystem. Raises Invalid for what would lie outside the root, or nowhere."""
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or ".." in parts:
+            raise Invalid("bad_storage_key", f"{key!r} is not a relative path without '..'.")
+        # The last one: s3fs takes it for a version of the object, and would write another key.
+        if "\0" in key or not _is_unicode(key) or "?versionId=" in key:
+            raise Invalid("bad_storage_key", f"{key!r} cannot be the name of a file in every kind of storage.")
+        # Put together again, since a//b and ./a/b are a/b on a disk but not on an object store.
+        return f"{self._base.rstrip('/')}/{'/'.join(parts)}"
+
+    @contextlib.contextmanager
+    def _remote(self, key: str) -> Iterator[Any]:
+        """The filesystem, whose errors become ours. In a forked child it is opened anew: its thread is gone."""
+        if self._process != os.getpid():
+            self._fs, self._base, self._local = object_store.connect(self.root)
+            self._process = os.getpid()
+        try:
+            yield self._fs
+        except Exception as error:
+            told = object_store.explain(error, self.root, key)
+            if told is None:
+                raise
+            raise told from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _make_folder(folder: Path) -> None:

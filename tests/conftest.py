@@ -19,6 +19,7 @@ from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
 from service.settings import Settings
 from service.storage import Storage
+from tests import s3
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -61,6 +62,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}: tests on real data need it")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Moto]:
+    server = s3.Moto(tmp_path_factory.mktemp("s3") / "moto.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: s3.Moto, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a prefix in an empty bucket; the environment says where it is and who we are."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3.environment(s3_server.url).items():
+        monkeypatch.setenv(name, value)
+    s3_server.forget_everything()
+    s3_server.boto().create_bucket(Bucket="whence-test")
+    return "s3://whence-test/some/prefix"
 
 
 FAST = {"WHENCE_LEASE_S": "3", "WHENCE_SHARD_SIZE": "64", "WHENCE_WORKERS": "2"}

@@ -289,11 +289,11 @@ class Halting(Storage):
         super().__init__(root)
         self._step, self._happens, self._looks = step, happens, 0
 
-    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+    def read(self, key: str, *, sha256: str | None = None, cached: bool = True) -> bytes:
         if key == FILE:
             self._looks += 1
             self._reach({1: "first look", 2: "second look"}.get(self._looks, "later"))
-        return super().read(key, sha256=sha256)
+        return super().read(key, sha256=sha256, cached=cached)
 
     def write(self, key: str, data: bytes) -> str:
         if key != FILE:

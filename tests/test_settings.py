@@ -112,6 +112,8 @@ BAD = [
     ("SHARD_ATTEMPTS", "0"),
     ("SEARCH_THREADS", "0"),
     ("MAX_K", "0"),
+    ("CACHE_BYTES", "-1"),
+    ("CACHE_BYTES", "8G"),
 ]
 
 

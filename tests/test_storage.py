@@ -22,10 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 4_000_000
 
 
-@pytest.fixture(params=["folder", "file://", "memory://"])
+@pytest.fixture(params=["folder", "file://", "memory://", "s3://"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     """The same promises on a disk and on an object store."""
-    if request.param == "memory://":
+    if request.param == "s3://":
+        yield Storage(request.getfixturevalue("bucket"))
+    elif request.param == "memory://":
         root = f"memory://{uuid.uuid4().hex}/prefix"
         yield Storage(root)
         fsspec.filesystem("memory").rm(root.removeprefix("memory:/").rsplit("/", 1)[0], recursive=True)
@@ -42,6 +44,7 @@ def test_what_is_written_is_read_and_its_hash_returned(store: Storage) -> None:
     assert digest == sha256_bytes(data)
     assert store.read("a/b/c.bin", sha256=digest) == data
     assert store.exists("a/b/c.bin")
+    assert (store.size("a/b/c.bin"), store.size("a/b/d.bin"), store.size("a/b/c.bin/x")) == (len(data), None, None)
     assert store.write("a/b/c.bin", b"") == sha256_bytes(b"")
     assert store.read("a/b/c.bin") == b""
 

@@ -64,9 +64,9 @@ class Spy(Storage):
         super().__init__(root)
         self.keys: set[str] = set()
 
-    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+    def read(self, key: str, *, sha256: str | None = None, cached: bool = True) -> bytes:
         self.keys.add(key)
-        return super().read(key, sha256=sha256)
+        return super().read(key, sha256=sha256, cached=cached)
 
     def local_path(self, key: str) -> Path | None:
         self.keys.add(key)

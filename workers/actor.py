@@ -11,6 +11,7 @@ import torch
 
 from service import artifacts, datasets, shards
 from service.contracts import DatasetRecord, Example
+from service.local_cache import CacheAt
 from service.models import check_fingerprints
 from service.storage import Storage
 from service.terms import Pooling
@@ -46,11 +47,11 @@ Computed = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec  # what compaction 
 class Worker:
     """Keeps the last model, its readout and the last dataset; a result is a pure function of its task."""
 
-    def __init__(self, storage_root: str, threads: int) -> None:
+    def __init__(self, storage_root: str, threads: int, cache: CacheAt | None = None) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self._storage = Storage(storage_root)
+        self._storage = Storage(storage_root, cache=cache)
         self._loaded: tuple[object, Loaded] | None = None  # by what it was loaded from
         self._readout: tuple[PassSpec, readout.Readout] | None = None
         self._table: tuple[str, pa.Table] | None = None

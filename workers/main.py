@@ -34,7 +34,7 @@ def main() -> int:
     try:
         settings = load_settings()
         redis = connect(settings.redis_url.get_secret_value())
-        storage = Storage(settings.storage_root)
+        storage = Storage(settings.storage_root, cache=settings.cache)
         registry = Registry(redis, storage)
         registry.rebuild()
         pool = _start_ray(settings)
@@ -72,6 +72,7 @@ def _start_ray(settings: Settings) -> WorkerPool:
         )
     return WorkerPool(
         settings.storage_root,
+        cache=settings.cache,
         workers=settings.workers,
         threads=settings.worker_threads,
         cpus_per_worker=settings.worker_cpus,

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from service.errors import DomainError
+from service.local_cache import CacheAt
 from service.work import Task
 from workers.actor import Manifest, RemoteWorker, Worker
 
@@ -131,8 +132,10 @@ class WorkerPool:
         cpus_per_worker: float,
         shard_attempts: int,
         gpus_per_worker: int = 1,
+        cache: CacheAt | None = None,
     ) -> None:
         self._storage_root = storage_root
+        self._cache = cache
         self._wanted = workers
         self._threads = threads
         self._cpus = cpus_per_worker
@@ -239,7 +242,7 @@ class WorkerPool:
     def _start(self) -> Any:
         gpus = self._gpus if ray.cluster_resources().get("GPU", 0) else 0
         options = {"num_cpus": self._cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-        return RemoteWorker.options(**options).remote(self._storage_root, self._threads)
+        return RemoteWorker.options(**options).remote(self._storage_root, self._threads, self._cache)
 
     def _size(self) -> int:
         """How many actors the cluster has room for now; asked again, since nodes come and go."""

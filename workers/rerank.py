@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from service import artifacts, models, reranking, shards
+from service import artifacts, members, models, reranking
 from service.contracts import ArrayInfo, DatasetRecord, ModelRecord, Point
 from service.errors import Invalid, NotFound
 from service.registry import DATASETS, Registry
@@ -118,7 +118,7 @@ def _points(stages: Stages, manifest: IndexManifest, model: ModelRecord, array: 
     weighted = end
     if array.kind == IndexKind.INFLUENCE:
         section = next(section for section in manifest.sections if array in section.arrays)
-        work = shards.read_manifest(stages.storage, section.shards[0].key).work
+        work = members.origin(stages.storage, members.read(stages.storage, section.shards[0])).work
         # Read off stored coordinates (an extension), embeddings are of the end as well.
         weighted = end if isinstance(work, ReadOffSpec) else [(point, point.weight) for point in manifest.points]
     reading = manifest.spec.reading

@@ -7,6 +7,7 @@ list of tasks cannot fall behind it. What is in storage already is found as a bu
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,14 @@ class Overlay(Storage):
     def exists(self, key: str) -> bool:
         return key in self._held or (key not in self._gone and self._under.exists(key))
 
-    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+    def read(self, key: str, *, sha256: str | None = None, cached: bool = True) -> bytes:
         if key in self._gone:
             raise NotFound("file_not_found", f"Storage has no {key}.", param=key)
-        return self._held[key] if key in self._held else self._under.read(key, sha256=sha256)
+        held = self._held.get(key)
+        return self._under.read(key, sha256=sha256, cached=cached) if held is None else held
+
+    def local_path(self, key: str) -> Path | None:
+        return None if key in self._held or key in self._gone else self._under.local_path(key)
 
     def write(self, key: str, data: bytes) -> str:
         self._gone.discard(key)
