@@ -186,13 +186,13 @@ class Lab:
         """The index and how long each stage took; ``options`` as in planning.IndexRequest."""
         request = self._request(name, model, dataset, layer, options)
         spec = plan_index(request, self.registry, self.redis, self.settings)
-        result, context = self._run(JobKind.BUILD_INDEX, spec)
+        result, context = self.run(JobKind.BUILD_INDEX, spec)
         return self.registry.get(INDEXES, result["index"]), context
 
     def estimate(self, name: str, model: str, dataset: str, layer: int, **options: Any) -> dict[str, Any]:
         """What ``build`` with the same arguments would cost."""
         spec = plan_estimate(self._request(name, model, dataset, layer, options), self.registry, self.settings)
-        return self._run(JobKind.ESTIMATE_INDEX, spec)[0]
+        return self.run(JobKind.ESTIMATE_INDEX, spec)[0]
 
     def _request(self, name: str, model: str, dataset: str, layer: int, options: dict[str, Any]) -> IndexRequest:
         fields = DEFAULTS | {"name": name, "model": model, "dataset": dataset, "layers": (layer,)} | options
@@ -259,12 +259,12 @@ class Lab:
         manifest = indexes.read_manifest(self.storage, index)
         found = match(self.storage, index, manifest, asked, shard_size=512)
         if isinstance(found, Missing):
-            self._run(JobKind.QUERY_GRADIENT, found.spec)
+            self.run(JobKind.QUERY_GRADIENT, found.spec)
             found = match(self.storage, index, manifest, asked, shard_size=512)
         assert not isinstance(found, Missing)
         return found
 
-    def _run(self, kind: JobKind, spec: Any) -> tuple[Any, Quiet]:
+    def run(self, kind: JobKind, spec: Any) -> tuple[Any, Quiet]:
         job = JobRecord(
             f"lab-{time.time_ns()}", kind, asdict(spec), JobState.RUNNING, 1, 1, codec.now(), codec.now()
         )

@@ -28,6 +28,7 @@ import numpy as np
 from api.client import Client
 from api.up import Stack, free_port
 from benchmarks import synthetic
+from benchmarks.append import append_vs_build
 from benchmarks.peers import run as peers
 from benchmarks.report import Report, parser
 from service import indexes, shards
@@ -89,7 +90,13 @@ def main() -> None:
         _running(report, chosen)
     else:
         _synthetic(report, chosen)
+        if "append" in _parts(chosen):
+            append_vs_build(report, quick=chosen.quick)
     report.write(chosen.json)
+
+
+def _parts(chosen: Any) -> set[str]:
+    return set(chosen.only or ["sizes", "clients", "filters", "cold", "bergson", "append"])
 
 
 def _running(report: Report, chosen: Any) -> None:
@@ -109,7 +116,7 @@ def _running(report: Report, chosen: Any) -> None:
 
 
 def _synthetic(report: Report, chosen: Any) -> None:
-    parts = set(chosen.only or ["sizes", "clients", "filters", "cold", "bergson", "append"])
+    parts = _parts(chosen)
     count = _FEW if chosen.quick else _CONCEPTS
     sizes = sorted({max(1, chosen.n // 100), max(1, chosen.n // 10), chosen.n})
     with ExitStack() as stack:

@@ -128,11 +128,13 @@ def attribute(client: Client) -> tuple[QueryOut, QueryOut]:
 
 
 def latency(client: Client) -> float:
-    """The median time of an influence query in milliseconds, as the client sees it."""
+    """The median time of an influence query in milliseconds, as the client sees it; no two ask for the same k, so
+    that none is answered from the cache.
+    """
     times = []
-    for _ in range(50):
+    for more in range(50):
         began = time.perf_counter()
-        client.query(**QUESTION, method="concept_influence", k=50)
+        client.query(**QUESTION, method="concept_influence", k=26 + more)
         times.append(time.perf_counter() - began)
     return 1e3 * statistics.median(times)
 

@@ -225,7 +225,7 @@ class World:
         request = codec.from_plain(ExtendRequest, plain | options)
         lab = self.lab
         spec = plan_extension(index.id, request, lab.registry, lab.storage, lab.redis, lab.settings)
-        result, _ = lab._run(JobKind.EXTEND_INDEX, spec)
+        result, _ = lab.run(JobKind.EXTEND_INDEX, spec)
         return lab.registry.get(INDEXES, result["index"])
 
 

@@ -485,7 +485,7 @@ def test_token_shares_of_examples_from_any_part(world, appended, deleted, compac
             examples=tuple(asked),
             shard_size=8,
         )
-        world.lab._run(JobKind.TOKEN_SHARES, spec)
+        world.lab.run(JobKind.TOKEN_SHARES, spec)
         found = token_shares.read(world.lab.storage, spec.key)
         assert [bool(each.texts) for each in found] == [item in scores for item in asked]
         largest = max(map(abs, scores.values()))

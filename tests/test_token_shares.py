@@ -85,7 +85,7 @@ class World:
             examples=tuple(ids),
             shard_size=64,
         )
-        result, _ = self.lab._run(JobKind.TOKEN_SHARES, spec)
+        result, _ = self.lab.run(JobKind.TOKEN_SHARES, spec)
         return token_shares.read(self.lab.storage, result["shares"])
 
     def scores(self, index, ids: Sequence[str] = CHOSEN, **query) -> np.ndarray:

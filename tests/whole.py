@@ -106,7 +106,7 @@ class Whole:
         lab = self.lab
         request = ExtendRequest(**fields | options)
         spec = plan_extension(index.id, request, lab.registry, lab.storage, lab.redis, lab.settings)
-        return lab.registry.get(INDEXES, lab._run(JobKind.EXTEND_INDEX, spec)[0]["index"])
+        return lab.registry.get(INDEXES, lab.run(JobKind.EXTEND_INDEX, spec)[0]["index"])
 
     def service(self, storage: Storage | None = None) -> QueryService:
         """As a process that has just started sees the index."""
