@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import indexes, members, shards, token_shares, tombstones
-from service.errors import Conflict, Invalid
+from service import artifacts, indexes, members, shards, token_shares, tombstones
+from service.errors import Conflict, Damaged, Invalid
 from service.life import plan_append
 from service.registry import INDEXES
 from service.specs import TokenSharesSpec
@@ -330,11 +330,28 @@ def test_unknown_ids_and_everything_are_refused(world, appended):
         assert refused.value.code == code
 
 
-def test_what_is_deleted_stays_deleted_when_it_is_appended_again(world, deleted):
+def test_what_is_deleted_stays_deleted_when_it_is_appended_again(world, deleted, compacted):
     world.file("again", [*map(lives.line, (2, 500))])
-    index, told = world.append(deleted[0].id, "again")
-    assert (told["indexed_new"], told["duplicates_new"]) == (1, 1)
-    assert GONE[0] not in dict(world.ranking(index)) and adds_up(index.counts)
+    for start in (deleted[0], compacted[0]):
+        index, told = world.append(start.id, "again")
+        assert (told["indexed_new"], told["duplicates_new"]) == (1, 1)
+        assert GONE[0] not in dict(world.ranking(index)) and adds_up(index.counts)
+
+
+def test_ids_that_were_tampered_with_are_noticed(world, deleted):
+    storage, key = world.lab.storage, world.manifest(deleted[0]).deleted
+    other = tombstones.store(storage, [GONE[0]])
+    path, theirs = (f"{artifacts.folder(each)}/" for each in (key, other))
+    kept = {name: storage.read(path + name) for name in storage.files(path.rstrip("/"))}
+    try:
+        for name in kept:  # a whole artifact in the place of another
+            storage.write(path + name, storage.read(theirs + name).replace(other.encode(), key.encode()))
+        with pytest.raises(Damaged):
+            tombstones.read(storage, key)
+    finally:
+        for name, data in kept.items():
+            storage.write(path + name, data)
+    assert tombstones.read(storage, key) == set(GONE)
 
 
 # --- compact ------------------------------------------------------------------------------------------------
@@ -420,14 +437,10 @@ def test_what_was_set_aside_is_known_after_compaction(world):
     """One example has its row in the section of the end alone: compaction drops it, an append leaves it."""
     world.build("partial", kinds=("activation", "influence"))
     world.compact("partial")
-    with pytest.raises(Invalid) as refused:
-        world.append("partial", "aside-once")
-    assert refused.value.code == "nothing_to_append"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def aside_once(world):
-    world.file("aside-once", [lives.BAD[1]])
+    world.file("aside-once", [lives.BAD[1], lives.line(600)])
+    index, told = world.append("partial", "aside-once")
+    assert (told["indexed_new"], told["duplicates_new"], told["quarantined_new"]) == (1, 1, 0)
+    assert len(world.quarantined(index)) == index.counts.quarantined
 
 
 def test_a_compacted_index_can_be_extended(world):
