@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import artifacts, indexes, members, shards, token_shares, tombstones
+from service import artifacts, indexes, keys, members, shards, token_shares, tombstones
 from service.errors import Conflict, Damaged, Invalid
 from service.life import plan_append
 from service.registry import INDEXES
@@ -177,6 +177,19 @@ def test_what_adds_nothing_is_refused(world, built, name, rows):
         assert "8 lines are duplicates" in refused.value.detail
 
 
+def test_another_dataset_under_the_id_of_a_part_is_refused(world):
+    lab = world.lab
+    world.file("changing", map(lives.line, range(700, 710)))
+    index = world.build("changing", "changing", kinds=("activation",))
+    lab.storage.remove("datasets/changing/record.json")
+    lab.redis.hdel(keys.records("datasets"), "changing")
+    world.file("changing", map(lives.line, range(705, 715)))
+    for reference in ("changing", index.id):
+        with pytest.raises(Conflict) as refused:
+            world.append(reference, "changing")
+        assert refused.value.code == "dataset_changed"
+
+
 def test_appends_that_are_planned_together_build_on_each_other(world):
     world.build("queue", kinds=("activation",))
     lab = world.lab
@@ -253,7 +266,8 @@ def test_what_it_takes_to_make_a_version_again_stands_beside_it(world, built, ap
         assert (said["kind"], said["job"]) == (kind, record.job) and name in said["spec"]
 
 
-def test_other_weights_than_those_registered_are_refused(world, built):
+def test_other_weights_than_those_registered_are_refused(world, built, appended):
+    """Also where every shard is there, and no worker would have loaded the model."""
     for folder in world.folders:
         path = folder / "config.json"
         text = path.read_text()
@@ -413,6 +427,22 @@ def test_what_is_compact_is_left_alone(world, deleted, compacted):
     for before, after in zip(world.manifest(some).sections, world.manifest(again).sections, strict=True):
         assert len(set(before.shards) & set(after.shards)) == len(before.shards) - 1
     assert world.ranking(again) == world.ranking(less)
+
+
+def test_a_shard_without_a_row_left_goes_with_its_neighbour(world, built):
+    """Its examples are still told, although the neighbour is large enough by itself."""
+    refs = world.manifest(built).sections[0].shards
+    first, second, *_, last = (members.read(world.lab.storage, ref) for ref in refs)
+    less, _ = world.delete(
+        built.id, [item for each in (first, second, last) for item in each.ids if item in INDEXED]
+    )
+    small, _ = world.compact(less.id, rows=4)
+    assert all(ref.rows for section in world.manifest(small).sections for ref in section.shards)
+    assert world.ranking(small) == world.ranking(less) and small.counts == less.counts
+    assert sorted(world.quarantined(small), key=str) == sorted(world.quarantined(less), key=str)
+    with pytest.raises(Invalid) as refused:
+        world.compact(small.id, rows=4)
+    assert refused.value.code == "nothing_to_compact"
 
 
 def test_a_compacted_index_lives_on(world, deleted, compacted):
