@@ -9,7 +9,7 @@ from typing import Any
 
 from service import filters, indexes, tombstones
 from service.contracts import IndexRecord
-from service.errors import Invalid
+from service.errors import Conflict, Invalid
 from service.examples import Examples, select_ids
 from service.registry import DATASETS, MODELS, Registry
 from service.settings import Settings
@@ -70,9 +70,17 @@ def plan_compact(reference: str, rows_per_shard: int, registry: Registry, storag
 
 
 def refuse_part(source: IndexRecord, dataset: str, fingerprint: str) -> None:
-    """Raises Invalid when the index holds the dataset, or one with the very same examples, already."""
+    """Raises Invalid when the index holds the dataset, or one with the very same examples; Conflict when it holds
+    another one under the same id.
+    """
     parts = {source.dataset_fingerprint: source.dataset}
     parts |= {part.fingerprint: part.dataset for part in source.appended}
+    if dataset in parts.values() and fingerprint not in parts:
+        detail = (
+            f"Index {source.id} was made of another dataset {dataset!r}, which is gone. Register this "
+            "one under an id of its own."
+        )
+        raise Conflict("dataset_changed", detail, param="dataset")
     if fingerprint in parts:
         same = "" if parts[fingerprint] == dataset else f", which has the same examples as {dataset!r}"
         detail = f"Index {source.id} holds dataset {parts[fingerprint]!r} already{same}. Nothing was published."

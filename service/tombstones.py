@@ -8,6 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from service import artifacts, codec
+from service.errors import Damaged
 from service.storage import Storage, sha256_bytes
 from service.work import FORMAT
 
@@ -19,7 +20,7 @@ DIGITS = 64  # of an example id
 def store(storage: Storage, ids: Collection[str]) -> str:
     """The artifact that holds these ids, each once; one that is there already stays as it is."""
     packed = np.array(sorted(set(ids)), dtype=f"S{DIGITS}").view(np.uint8).reshape(-1, DIGITS)
-    key = codec.digest([FORMAT, STEM, sha256_bytes(packed.tobytes())])
+    key = _key(packed.tobytes())
     if artifacts.find(storage, key) is None:
         artifacts.publish(storage, key, {STEM: {"ids": packed}}, facts={"ids": len(packed)})
     return key
@@ -29,5 +30,12 @@ def read(storage: Storage, key: str | None) -> frozenset[str]:
     """The ids of the artifact; none where there is none. Raises Damaged."""
     if key is None:
         return frozenset()
-    packed = artifacts.read(storage, artifacts.get(storage, key), STEM)["ids"]
-    return frozenset(packed.tobytes()[start : start + DIGITS].decode() for start in range(0, packed.size, DIGITS))
+    data = artifacts.read(storage, artifacts.get(storage, key), STEM)["ids"].tobytes()
+    if _key(data) != key:
+        raise Damaged("damaged_file", f"Artifact {key} holds other ids than its name says.", param=key)
+    digits = data.decode("ascii")
+    return frozenset(digits[start : start + DIGITS] for start in range(0, len(digits), DIGITS))
+
+
+def _key(data: bytes) -> str:
+    return codec.digest([FORMAT, STEM, sha256_bytes(data)])

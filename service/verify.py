@@ -21,6 +21,7 @@ from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.work import (
     Artifact,
+    CompactSpec,
     DifferenceSpec,
     Eigen,
     PassSpec,
@@ -302,6 +303,8 @@ def _of_work(work: ShardWork) -> list[_Ref]:
             return [_Ref(SHARD, key) for key, _weight in work.sources]
         case ReadOffSpec():
             return [_Ref(SHARD, work.source), _Ref(ARTIFACT, work.basis), _Ref(ARTIFACT, work.jacobian)]
+        case CompactSpec():  # an append reads off the first of them how rows are made
+            return [_Ref(SHARD, work.sources[0])]
         case DifferenceSpec():
             named += work.answers
     return [_Ref(ARTIFACT, key) for key in named]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import indexes, members, shards, token_shares, tombstones
-from service.errors import Conflict, Invalid
+from service import artifacts, indexes, keys, members, shards, token_shares, tombstones
+from service.errors import Conflict, Damaged, Invalid
 from service.life import plan_append
-from service.registry import INDEXES
+from service.registry import DATASETS, INDEXES, record_file
 from service.specs import TokenSharesSpec
 from service.terms import ConceptFunction, IndexKind, JobKind, Method, Order
 from service.work import CompactSpec, DifferenceSpec, PassSpec, ReadOffSpec, SumSpec, Task
@@ -177,6 +177,20 @@ def test_what_adds_nothing_is_refused(world, built, name, rows):
         assert "8 lines are duplicates" in refused.value.detail
 
 
+def test_another_dataset_under_the_id_of_a_part_is_refused(world):
+    lab = world.lab
+    world.file("changing", map(lives.line, range(700, 710)))
+    index = world.build("changing", "changing", kinds=("activation",))
+    lab.storage.remove(record_file(DATASETS, "changing"))
+    lab.redis.hdel(keys.records("datasets"), "changing")
+    lab.registry.rebuild()  # forgets what this process has read
+    world.file("changing", map(lives.line, range(705, 715)))
+    for reference in ("changing", index.id):
+        with pytest.raises(Conflict) as refused:
+            world.append(reference, "changing")
+        assert refused.value.code == "dataset_changed"
+
+
 def test_appends_that_are_planned_together_build_on_each_other(world):
     world.build("queue", kinds=("activation",))
     lab = world.lab
@@ -253,7 +267,8 @@ def test_what_it_takes_to_make_a_version_again_stands_beside_it(world, built, ap
         assert (said["kind"], said["job"]) == (kind, record.job) and name in said["spec"]
 
 
-def test_other_weights_than_those_registered_are_refused(world, built):
+def test_other_weights_than_those_registered_are_refused(world, built, appended):
+    """Also where every shard is there, and no worker would have loaded the model."""
     for folder in world.folders:
         path = folder / "config.json"
         text = path.read_text()
@@ -330,11 +345,28 @@ def test_unknown_ids_and_everything_are_refused(world, appended):
         assert refused.value.code == code
 
 
-def test_what_is_deleted_stays_deleted_when_it_is_appended_again(world, deleted):
+def test_what_is_deleted_stays_deleted_when_it_is_appended_again(world, deleted, compacted):
     world.file("again", [*map(lives.line, (2, 500))])
-    index, told = world.append(deleted[0].id, "again")
-    assert (told["indexed_new"], told["duplicates_new"]) == (1, 1)
-    assert GONE[0] not in dict(world.ranking(index)) and adds_up(index.counts)
+    for start in (deleted[0], compacted[0]):
+        index, told = world.append(start.id, "again")
+        assert (told["indexed_new"], told["duplicates_new"]) == (1, 1)
+        assert GONE[0] not in dict(world.ranking(index)) and adds_up(index.counts)
+
+
+def test_ids_that_were_tampered_with_are_noticed(world, deleted):
+    storage, key = world.lab.storage, world.manifest(deleted[0]).deleted
+    other = tombstones.store(storage, [GONE[0]])
+    path, theirs = (f"{artifacts.folder(each)}/" for each in (key, other))
+    kept = {name: storage.read(path + name) for name in storage.files(path.rstrip("/"))}
+    try:
+        for name in kept:  # a whole artifact in the place of another
+            storage.write(path + name, storage.read(theirs + name).replace(other.encode(), key.encode()))
+        with pytest.raises(Damaged):
+            tombstones.read(storage, key)
+    finally:
+        for name, data in kept.items():
+            storage.write(path + name, data)
+    assert tombstones.read(storage, key) == set(GONE)
 
 
 # --- compact ------------------------------------------------------------------------------------------------
@@ -398,6 +430,22 @@ def test_what_is_compact_is_left_alone(world, deleted, compacted):
     assert world.ranking(again) == world.ranking(less)
 
 
+def test_a_shard_without_a_row_left_goes_with_its_neighbour(world, built):
+    """Its examples are still told, although the neighbour is large enough by itself."""
+    refs = world.manifest(built).sections[0].shards
+    first, second, *_, last = (members.read(world.lab.storage, ref) for ref in refs)
+    less, _ = world.delete(
+        built.id, [item for each in (first, second, last) for item in each.ids if item in INDEXED]
+    )
+    small, _ = world.compact(less.id, rows=4)
+    assert all(ref.rows for section in world.manifest(small).sections for ref in section.shards)
+    assert world.ranking(small) == world.ranking(less) and small.counts == less.counts
+    assert sorted(world.quarantined(small), key=str) == sorted(world.quarantined(less), key=str)
+    with pytest.raises(Invalid) as refused:
+        world.compact(small.id, rows=4)
+    assert refused.value.code == "nothing_to_compact"
+
+
 def test_a_compacted_index_lives_on(world, deleted, compacted):
     """Appended to, deleted from, compacted again: as if it had not been compacted."""
     ends = []
@@ -420,14 +468,10 @@ def test_what_was_set_aside_is_known_after_compaction(world):
     """One example has its row in the section of the end alone: compaction drops it, an append leaves it."""
     world.build("partial", kinds=("activation", "influence"))
     world.compact("partial")
-    with pytest.raises(Invalid) as refused:
-        world.append("partial", "aside-once")
-    assert refused.value.code == "nothing_to_append"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def aside_once(world):
-    world.file("aside-once", [lives.BAD[1]])
+    world.file("aside-once", [lives.BAD[1], lives.line(600)])
+    index, told = world.append("partial", "aside-once")
+    assert (told["indexed_new"], told["duplicates_new"], told["quarantined_new"]) == (1, 1, 0)
+    assert len(world.quarantined(index)) == index.counts.quarantined
 
 
 def test_a_compacted_index_can_be_extended(world):
