@@ -54,6 +54,11 @@ def unseal(kind: type[T], data: bytes | str, *, sha256: str | None = None) -> T:
 
     Raises ValueError when a single byte is not as it was written.
     """
+    return decode(kind, opened(data, sha256=sha256))
+
+
+def opened(data: bytes | str, *, sha256: str | None = None) -> bytes:
+    """The text that ``seal`` wrapped. Raises as ``unseal``."""
     raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
     found = _SEAL.fullmatch(raw)
     if found is None:
@@ -63,7 +68,7 @@ def unseal(kind: type[T], data: bytes | str, *, sha256: str | None = None) -> T:
         raise ValueError("its sha256 differs from what it says itself")
     if sha256 is not None and said != sha256:
         raise ValueError("it is not the one that is referred to (sha256 differs)")
-    return decode(kind, record)
+    return record
 
 
 def canonical(data: Any) -> bytes:

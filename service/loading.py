@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, example_ids, indexes, shards
+from service import artifacts, indexes, shards
 from service.batching import Batcher
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, IndexRecord
@@ -210,20 +210,21 @@ class _Shard:
 
     def __init__(self, storage: Storage, array: ArrayInfo, own: int, references: tuple[ShardRef, ...]) -> None:
         self._storage, self._array, self._own, self._references = storage, array, own, references
-        self._manifest: ShardManifest | None = None
-        self._kept: list[int] | None = None  # None: every row
+        self._manifest: ShardManifest | None = None  # without its ids
+        self._rows = references[own].rows
+        self._kept: NDArray[np.int64] | None = None  # None: every row
         self.ids: Ids = np.zeros(0, "S64")
         self.out: F16 = np.zeros((0, array.dims), np.float16)
         self.exponents: NDArray[np.int16] = np.zeros(0, np.int16)
 
     def read_head(self) -> None:
         """Which rows there are: those that every section has."""
-        read = [shards.read_manifest(self._storage, ref.key, sha256=ref.sha256) for ref in self._references]
-        self._manifest = mine = read[self._own]
-        others = [set(manifest.ids) for manifest in read if manifest.ids != mine.ids]
-        self.ids = example_ids.of(mine.ids)
+        read = [shards.read_head(self._storage, ref) for ref in self._references]
+        self._manifest, self.ids = read[self._own]
+        others = [ids for _, ids in read if not np.array_equal(ids, self.ids)]
         if others:
-            self._kept = [row for row, item in enumerate(mine.ids) if all(item in held for held in others)]
+            held = [Finder(ids).positions(self.ids) >= 0 for ids in others]
+            self._kept = np.flatnonzero(np.logical_and.reduce(held))
             self.ids = self.ids[self._kept]
 
     def read_rows(self) -> None:
@@ -231,7 +232,7 @@ class _Shard:
         if self._kept is None:
             self.exponents = shards.read_into(self._storage, self._manifest, self._array, self.out)
             return
-        packed, exponents = shards.read_packed(self._storage, self._manifest, self._array)
+        packed, exponents = shards.read_packed(self._storage, self._manifest, self._array, rows=self._rows)
         self.out[:], self.exponents = packed[self._kept], exponents[self._kept]
 
 

@@ -52,14 +52,27 @@ def sealed(record: Any) -> bytes:
     return codec.seal(codec.encode(record)).encode()
 
 
+def read_text(storage: Storage, key: str, *, sha256: str) -> bytes:
+    """The text of the record in a sealed file, checked but not decoded. Raises NotFound or Damaged."""
+    data = storage.read(key)
+    try:
+        return codec.opened(data, sha256=sha256)
+    except ValueError as error:
+        raise _not_as_written(key, error) from error
+
+
 def read_sealed(storage: Storage, key: str, kind: type[T], *, sha256: str | None = None) -> T:
     """The record in a sealed file, checked before it is believed. Raises NotFound or Damaged."""
     data = storage.read(key)
     try:
         return codec.unseal(kind, data, sha256=sha256)
     except ValueError as error:
-        detail = f"{key} is not what was written: {str(error)[:300]}."
-        raise Damaged("damaged_file", detail, param=key, context={"file": key}) from error
+        raise _not_as_written(key, error) from error
+
+
+def _not_as_written(key: str, error: ValueError) -> Damaged:
+    detail = f"{key} is not what was written: {str(error)[:300]}."
+    return Damaged("damaged_file", detail, param=key, context={"file": key})
 
 
 def intact(storage: Storage, key: str, kind: type[T], *, sha256: str | None = None) -> T | None:

@@ -8,7 +8,7 @@ the same data. It exists when its manifest does.
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +16,16 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service import codec, results
+from service import codec, example_ids, results
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.errors import Damaged, NotFound
+from service.example_ids import Ids
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
 from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
 
 MANIFEST = "shard.json"
+_IDS = b'"ids":"'
 _PIECE = 1 << 18  # bytes that are hashed while they are still in cache
 HALF, INT8, SINGLE = "half", "int8", "single"
 
@@ -156,6 +158,25 @@ def read_manifest(storage: Storage, key: str, *, sha256: str | None = None) -> S
     return manifest
 
 
+def read_head(storage: Storage, ref: ShardRef) -> tuple[ShardManifest, Ids]:
+    """What ``read_manifest`` reads, as search needs it: the ids as an array instead of a string each, which takes a
+    twentieth of the time; in the manifest itself there are none. Raises NotFound or Damaged.
+    """
+    name = f"{folder(ref.key)}/{MANIFEST}"
+    text = results.read_text(storage, name, sha256=ref.sha256)
+    start = text.find(_IDS) + len(_IDS)  # in no string of the record: a quotation mark is escaped there
+    stop = text.find(b'"', start)
+    ids = text[start:stop]
+    if len(ids) != ref.rows * (example_ids.WIDTH + 1) - 1:  # none, or ids of other lengths
+        manifest = read_manifest(storage, ref.key, sha256=ref.sha256)
+        return replace(manifest, ids=()), example_ids.of(manifest.ids)
+    manifest = codec.decode(ShardManifest, text[:start] + text[stop:])
+    if manifest.key != ref.key:
+        raise Damaged("damaged_file", f"{name} is the manifest of another shard.", param=name)
+    rows = np.frombuffer(ids + b",", dtype=np.uint8).reshape(ref.rows, -1)[:, : example_ids.WIDTH]
+    return manifest, np.ascontiguousarray(rows).view(f"S{example_ids.WIDTH}").reshape(-1)
+
+
 def reference(manifest: ShardManifest) -> ShardRef:
     """How an index manifest names the shard."""
     return ShardRef(manifest.key, sha256_bytes(codec.encode(manifest).encode()), len(manifest.ids))
@@ -169,13 +190,13 @@ def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F
     array = _find(manifest, info)
     path = storage.local_path(f"{folder(manifest.key)}/{array.file}")
     if array.encoding != HALF or path is None:
-        packed, exponents = read_packed(storage, manifest, info)
+        packed, exponents = read_packed(storage, manifest, info, rows=len(out))
         out[:] = packed
         return exponents
     _stream(path, out, array.file, manifest)
     assert array.scale is not None  # noqa: S101  (half has one)
     exponents = _read(storage, manifest, array.scale)
-    if exponents.shape != (len(manifest.ids),):
+    if exponents.shape != (len(out),):
         name = f"{folder(manifest.key)}/{array.scale}"
         raise Damaged("damaged_file", f"{name} has shape {exponents.shape}.", param=name)
     return exponents.astype(np.int16, copy=False)
@@ -211,19 +232,21 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return sink.getvalue()
 
 
-def read_packed(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> tuple[F16, I16]:
+def read_packed(
+    storage: Storage, manifest: ShardManifest, info: ArrayInfo, *, rows: int | None = None
+) -> tuple[F16, I16]:
     """(rows, dims) float16 and (rows,) exponents of one array, as search uses them. Raises Damaged."""
     array = _find(manifest, info)
     if array.encoding != HALF:
-        return pack(read_rows(storage, manifest, info))
-    packed, exponents = _stored(storage, manifest, array)
+        return pack(read_rows(storage, manifest, info, rows=rows))
+    packed, exponents = _stored(storage, manifest, array, rows)
     return packed.astype(np.float16, copy=False), exponents.astype(np.int16, copy=False)
 
 
-def read_rows(storage: Storage, manifest: ShardManifest, info: ArrayInfo) -> F32:
+def read_rows(storage: Storage, manifest: ShardManifest, info: ArrayInfo, *, rows: int | None = None) -> F32:
     """(rows, dims) float32 of one array, whichever way it is stored. Raises Damaged."""
     array = _find(manifest, info)
-    packed, scales = _stored(storage, manifest, array)
+    packed, scales = _stored(storage, manifest, array, rows)
     match array.encoding:
         case "half":
             return unpack(packed.astype(np.float16, copy=False), scales.astype(np.int16, copy=False))
@@ -256,10 +279,10 @@ def _find(manifest: ShardManifest, info: ArrayInfo) -> ShardArray:
 
 
 def _stored(
-    storage: Storage, manifest: ShardManifest, array: ShardArray
+    storage: Storage, manifest: ShardManifest, array: ShardArray, rows: int | None = None
 ) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     packed = _read(storage, manifest, array.file)
-    if packed.shape != (len(manifest.ids), array.info.dims):
+    if packed.shape != (len(manifest.ids) if rows is None else rows, array.info.dims):
         name = f"{folder(manifest.key)}/{array.file}"
         raise Damaged("damaged_file", f"{name} has shape {packed.shape}.", param=name)
     return packed, packed[:0] if array.scale is None else _read(storage, manifest, array.scale)
