@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, shards
+from service import shards, tombstones
 from service.contracts import ArrayInfo
-from service.loading import DELETED
 from service.rows import F32
 from service.specs import IndexManifest
 from service.storage import Storage
@@ -28,14 +27,6 @@ def from_id_bytes(tensor: NDArray[np.uint8]) -> list[str]:
     """The ids in such a tensor."""
     text = tensor.tobytes().decode("ascii")
     return [text[start : start + _ID] for start in range(0, len(text), _ID)]
-
-
-def deleted(storage: Storage, manifest: IndexManifest) -> frozenset[str]:
-    """Ids of the examples that have been taken out of this version."""
-    if manifest.deleted is None:
-        return frozenset()
-    held = artifacts.read(storage, artifacts.get(storage, manifest.deleted), DELETED)
-    return frozenset(from_id_bytes(held["ids"]))
 
 
 @dataclass
@@ -58,7 +49,9 @@ class RowBlocks:
     def __iter__(self) -> Iterator[F32]:
         sections = self.manifest.sections
         own = next(number for number, section in enumerate(sections) if self.array in section.arrays)
-        gone = frozenset() if len(self._known) == self.count else deleted(self.storage, self.manifest)
+        gone = (
+            frozenset() if len(self._known) == self.count else tombstones.read(self.storage, self.manifest.deleted)
+        )
         for number, references in enumerate(zip(*(section.shards for section in sections), strict=True)):
             mine = shards.read_manifest(self.storage, references[own].key, sha256=references[own].sha256)
             if number not in self._known:

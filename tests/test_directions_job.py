@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import artifacts, codec, directions, shards
+from service import artifacts, codec, directions, shards, tombstones
 from service.contracts import JobRecord, Quarantined
 from service.directions import FILE, Directions, DirectionsRequest, DirectionsService
 from service.errors import Damaged, Interrupted, Invalid, NotFound
+from service.life import plan_append, plan_compact, plan_delete
 from service.loading import IndexLoader
-from service.registry import CONCEPTS, MODELS
-from service.row_blocks import RowBlocks, deleted, from_id_bytes, id_bytes
+from service.registry import CONCEPTS, INDEXES, MODELS
+from service.row_blocks import RowBlocks, from_id_bytes, id_bytes
 from service.terms import ConceptFunction, IndexKind, JobKind, JobState, Pooling
 from tests import tiny
-from tests.test_influence_build import IDS, LAYER, TRAIN, V, World, embedding
+from tests.test_influence_build import IDS, LAYER, TRAIN, V, World, embedding, make_examples
 from workers import directions_job
 from workers.stages import Stages
 
@@ -240,10 +241,7 @@ def test_rows_that_a_section_lacks_or_that_were_deleted_are_left_out(world, inde
         versions={},
     )
     own = replace(first, shards=(shards.reference(shorter), *first.shards[1:]))
-    tensors = {"deleted": {"ids": id_bytes(tuple(sorted(gone)))}}
-    artifacts.publish(lab.storage, "d" * 64, tensors)
-    changed = replace(manifest, sections=(own, second), deleted="d" * 64)
-    assert deleted(lab.storage, changed) == set(gone)
+    changed = replace(manifest, sections=(own, second), deleted=tombstones.store(lab.storage, gone))
     blocks = RowBlocks(lab.storage, changed, array)
     kept = np.array([item not in {lost, *gone} for item in IDS])
     whole = world.matrix(index, array).astype(np.float32)
@@ -255,6 +253,31 @@ def test_rows_that_a_section_lacks_or_that_were_deleted_are_left_out(world, inde
     directions_job.compute(stages, spec, changed)
     values = artifacts.read(lab.storage, artifacts.get(lab.storage, spec.key), FILE)["values"]
     np.testing.assert_allclose(values, svd(whole[kept])[0][:3], rtol=1e-4)
+
+
+def test_appended_deleted_and_compacted_versions_have_directions_of_what_is_ranked(world, asking, index):
+    lab = world.lab
+    more = make_examples(31, 9)
+    lab.dataset("appended", more)
+    gone = [IDS[3], more[2].id]
+    plans = (
+        (JobKind.APPEND_INDEX, lambda at: plan_append(at, "appended", lab.registry, lab.storage, lab.settings)),
+        (JobKind.DELETE_EXAMPLES, lambda at: plan_delete(at, gone, None, lab.registry, lab.storage)),
+        (JobKind.COMPACT_INDEX, lambda at: plan_compact(at, 1000, lab.registry, lab.storage)),
+    )
+    version, expected, counts = index, world.rows(index, embedding(index)), []
+    for kind, plan in plans:
+        version = lab.registry.get(INDEXES, lab.run(kind, plan(version.id))[0]["index"])
+        stored = world.rows(version, embedding(version))
+        expected = stored if kind == JobKind.APPEND_INDEX else expected
+        ids = [item for item in expected if kind == JobKind.APPEND_INDEX or item not in gone]
+        rows = np.stack([expected[item] for item in ids]).astype(np.float64)
+        answer = asking.ask(version, examples=100)
+        assert answer.rows == len(ids)
+        np.testing.assert_allclose([each.value for each in answer.directions], svd(rows)[0][:4], rtol=1e-4)
+        assert {one.example.id for one in answer.directions[0].most} == set(ids)
+        counts.append(len(ids))
+    assert counts == [89, 87, 87]
 
 
 def test_ids_survive_the_way_to_a_tensor_and_back():

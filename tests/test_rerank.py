@@ -12,10 +12,11 @@ from benchmarks.lab import Quiet
 from service import artifacts, codec, filters
 from service.contracts import DatasetPart, JobRecord
 from service.errors import Interrupted, Invalid, NotFound
+from service.life import plan_append, plan_compact, plan_delete
 from service.loading import IndexLoader
 from service.queries import QueryService
 from service.questions import Query, Weighted
-from service.registry import MODELS
+from service.registry import INDEXES, MODELS
 from service.reranking import SCORES, Reranked, RerankService, spearman
 from service.row_blocks import id_bytes
 from service.terms import (
@@ -208,6 +209,34 @@ def test_examples_of_an_appended_dataset_are_scored_with_the_curvature_of_the_fi
         solved = exact.solve(oracle.factors, J, 1.0)
         expected = expected - weight * (oracle.loss_gradients(wanted) @ solved.T @ V[0])
     assert off(np.array([found[one.id] for one in wanted]), expected) <= CLOSE
+
+
+def test_versions_after_an_append_a_deletion_and_a_compaction(world, asking, coarse):
+    """The same scores as from scratch, of old and new examples alike, and none for what was taken out."""
+    lab = world.lab
+    added = make_examples(8, 10)
+    lab.dataset("added", added)
+    gone = [IDS[4], added[0].id]
+    plans = (
+        (JobKind.APPEND_INDEX, lambda at: plan_append(at, "added", lab.registry, lab.storage, lab.settings)),
+        (JobKind.DELETE_EXAMPLES, lambda at: plan_delete(at, gone, None, lab.registry, lab.storage)),
+        (JobKind.COMPACT_INDEX, lambda at: plan_compact(at, 1000, lab.registry, lab.storage)),
+    )
+    everyone = [*TRAIN, *added]
+    along = 0
+    for oracle, weight in zip(world.oracles, WEIGHTS, strict=True):
+        solved = exact.solve(oracle.factors, oracle.jacobian(ConceptFunction.DOT), 1.0)
+        along = along - weight * (oracle.loss_gradients(everyone) @ solved.T @ V[0])
+    known = dict(zip((one.id for one in everyone), along, strict=True))
+    version, counts = coarse, []
+    for kind, plan in plans:
+        version = lab.registry.get(INDEXES, lab.run(kind, plan(version.id))[0]["index"])
+        answer = asking.ask(version, **CONCEPT)
+        found = {hit.example.id: hit.score for hit in answer.hits}
+        counts.append(len(found))
+        assert found.keys() == known.keys() - (set() if kind == JobKind.APPEND_INDEX else set(gone))
+        assert off(np.array(list(found.values())), np.array([known[item] for item in found])) <= CLOSE
+    assert counts == [90, 88, 88]
 
 
 def plan_of(world: World, index, ids: list[str]):

@@ -60,7 +60,7 @@ class RayEngine:
         with asking(lambda: job.spec.get("index") or job.spec.get("source")):
             return repair.healing(self._storage, context, lambda careful: self._run(job, context, careful))
 
-    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:  # noqa: PLR0911  (one for each kind)
+    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:  # noqa: PLR0911
         stages = Stages(self._storage, self._pool, context, careful=careful)
         match job.kind:
             case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
