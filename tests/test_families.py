@@ -173,7 +173,9 @@ def oracle(root: Path, family: str, mode: str, dtype: str = "float32") -> Oracle
                 change = scale * held[name.replace(".lora_A.", ".lora_B.")] @ A
                 weight = modules[name.split(".lora_A.")[0].removeprefix("base_model.model.")].weight
                 weight += change.T if family == "gpt2" else change
-    model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    for parameter in model.parameters():  # and no buffer: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model = model.eval().requires_grad_(False)
     weights = {
         name.removesuffix(".weight"): parameter.requires_grad_()
         for name, parameter in model.named_parameters()

@@ -1,83 +1,123 @@
-"""Rows in memory: versions share what they have in common, memory has a bound, and where a score lies among all."""
+"""A model loaded in half precision, with a LoRA or without: what the library itself loads, buffers included."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from scipy import stats
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedConfig
 
-from service import indexes
-from service.contracts import IndexRecord
-from service.errors import Unavailable
-from service.loading import IndexLoader, grouped
-from service.registry import INDEXES, Registry
-from service.specs import Section
-from service.storage import Storage
-from tests.test_indexes import ARRAYS, D, Shelf
+from service.terms import Lora
+from tests import tiny
+from tests.test_families import CONFIGS, folders
+from workers.models import load
 
-
-@pytest.fixture
-def shelf(registry: Registry, storage: Storage) -> Shelf:
-    return Shelf(registry, storage)
-
-
-def test_blocks_count_from_the_first_shard() -> None:
-    """What is appended changes the last block only."""
-    dims = (128 << 20) // 2 // 100  # 100 rows to a block
-    assert grouped([40, 40, 40, 100, 1], dims) == [(0, 2), (2, 3), (3, 4), (4, 5)]
-    assert grouped([40, 40, 40, 100, 1, 60], dims)[:3] == [(0, 2), (2, 3), (3, 4)]
-    assert grouped([1000], dims) == [(0, 1)]
-    assert grouped([], dims) == []
+HALF = ("bfloat16", "float16")
+LENGTH = 1500  # positions at which rounded rotary frequencies are off by radians
+TOKENIZER = tiny.byte_pairs()
+_SIZES = {"intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+_SIZES |= {"vocab_size": len(TOKENIZER), "max_position_embeddings": 2048, "pad_token_id": None}
+LONG: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(hidden_size=32, **_SIZES),
+    "gemma": GemmaConfig(hidden_size=40, head_dim=20, **_SIZES),  # embeddings times √40, which is rounded
+}
 
 
-def versions(shelf: Shelf) -> tuple[IndexRecord, IndexRecord]:
-    """Two versions: the second has one more shard."""
-    whole = shelf.section()
-    first = shelf.publish("a", 1, sections=(Section(whole.arrays, whole.shards[:2]),))
-    return first, shelf.publish("a", 2, sections=(whole,))
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_a_version_loads_only_what_no_loaded_one_has(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.loading.BLOCK_BYTES", 4 * 2 * D)  # a block for every shard
-    first, second = versions(shelf)
-    loader = shelf.loader()
-    old = loader.rows(first, ARRAYS[0])
-    for path in [shelf.path(f"shards/*/{ref.key}/00.*.npy") for ref in shelf.section().shards[:2]]:
-        path.unlink()  # nobody needs it now
-    new = loader.rows(second, ARRAYS[0])
-    assert [block is other for block, other in zip(new.index.blocks, old.index.blocks, strict=False)] == [
-        True,
-        True,
-    ]
-    assert (old.index.n, new.index.n) == (8, 9)
-    query = np.ones(D, np.float32)
-    assert new.index.search(query, 9).rows.tolist() == np.argsort(-new.index.scores(query)).tolist()
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loading")
 
 
-def test_an_index_beyond_the_memory_is_refused_with_what_it_needs(shelf: Shelf) -> None:
-    record = shelf.publish("a", 1)
-    big = replace(record, counts=replace(record.counts, indexed=10**9))
-    loader = IndexLoader(shelf.registry, shelf.storage, threads=2, most_bytes=1 << 20)
-    with pytest.raises(Unavailable, match=r"14\.9 GiB.*WHENCE_SEARCH_BYTES") as refused:
-        loader.rows(big, ARRAYS[0])
-    assert refused.value.code == "index_too_large"
-    assert loader.rows(record, ARRAYS[0]).index.n == 9
+def lora(model: Any, folder: Path, **options: Any) -> Path:
+    """A LoRA that matters, saved."""
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    wrapped: Any = get_peft_model(model, LoraConfig(**settings | options))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(folder)
+    return folder
 
 
-def test_the_spread_of_scores_is_exact_where_rows_are_few(shelf: Shelf) -> None:
-    rows = shelf.loader().rows(shelf.publish("a", 1), ARRAYS[0])
-    query = np.random.default_rng(3).normal(size=D).astype(np.float32)
-    scores = rows.index.scores(query)
-    spread = rows.spread(query)
-    np.testing.assert_allclose(spread.z_score(scores), stats.zscore(scores.astype(np.float64)), rtol=1e-5)
-    np.testing.assert_allclose(
-        spread.percentile(scores), [stats.percentileofscore(scores, score, kind="mean") for score in scores]
-    )
+def long_model(root: Path, family: str) -> Path:
+    folder = root / f"{family} long"
+    if not folder.exists():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(LONG[family])
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    return folder
 
 
-def test_versions_share_nothing_with_those_of_other_shards(shelf: Shelf, registry: Registry) -> None:
-    first, second = versions(shelf)
-    loader = shelf.loader()
-    assert loader.rows(first, ARRAYS[0]) is loader.rows(first, ARRAYS[0])
-    assert loader.rows(first, ARRAYS[0]).index.blocks != loader.rows(first, ARRAYS[1]).index.blocks
-    assert indexes.resolve(registry, "a") == registry.get(INDEXES, second.id)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("mode", ["none", "merged", "adapter"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_buffers_are_those_of_the_library(root, family, mode, dtype):
+    """As it makes them for this precision, or before it rounds them; and every parameter is in it."""
+    base, adapter = folders(root, family)
+    about = {} if mode == "none" else {"adapter": str(adapter), "lora": Lora(mode)}
+    ours = load(str(base), dtype, **about).model
+    theirs = dict(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).named_buffers())
+    found = dict(ours.named_buffers())
+    assert set(found) == set(theirs)
+    for name, buffer in theirs.items():
+        assert found[name].dtype in {buffer.dtype, torch.float32}, name
+        assert torch.equal(found[name].to(buffer.dtype), buffer), name
+    assert {parameter.dtype for parameter in ours.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("family", LONG)
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_far_into_the_context_a_lora_computes_what_the_whole_model_does(root, family, mode, dtype):
+    base, exact = long_model(root, family), getattr(torch, dtype)
+    adapter = lora(AutoModelForCausalLM.from_pretrained(base), root / f"{family} {mode} {dtype} lora")
+    if mode == "merged":
+        wrapped: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        wrapped.merge_and_unload().save_pretrained(root / f"{family} {dtype} whole")
+        theirs: Any = AutoModelForCausalLM.from_pretrained(root / f"{family} {dtype} whole", dtype=exact)
+    else:
+        whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=exact)
+        theirs = PeftModel.from_pretrained(whole, str(adapter), autocast_adapter_dtype=False)
+    ours = load(str(base), dtype, adapter=str(adapter), lora=Lora(mode)).model
+    ids = torch.from_numpy(tiny.random_tokens(0, LENGTH, vocab=300).ids)[None]
+    with torch.no_grad():
+        found, expected = ours(input_ids=ids).logits[0, -100:], theirs(input_ids=ids).logits[0, -100:]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 6}},
+        {"alpha_pattern": {"layers.1.self_attn.q_proj": 9}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1}},
+    ],
+)
+def test_ranks_and_scales_by_module_compute_what_peft_computes(root, options):
+    base = long_model(root, "llama")
+    adapter = lora(AutoModelForCausalLM.from_pretrained(base), root / f"patterns {sorted(options)}", **options)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    ids = torch.from_numpy(tiny.random_tokens(0, 40, vocab=300).ids)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits
+        for mode in (Lora.MERGED, Lora.ADAPTER):
+            found = load(str(base), "float32", adapter=str(adapter), lora=mode).model(input_ids=ids).logits
+            assert (found - expected).abs().max() < 1e-4 * (plain - expected).abs().max()

@@ -31,10 +31,14 @@ def example(seed: int) -> Example:
     return Example(example_id(content), content, {}, ())
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and the same in 4 bits."""
+SAVED = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True), ("float16", True)]
+
+
+@pytest.fixture(scope="module", params=SAVED, ids=lambda said: f"{said[0]}{' double' * said[1]}")
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and the same in 4 bits: whatever precision the rest was saved in, its scales quantised or not."""
     root = tmp_path_factory.mktemp("quantised")
+    saved, double = request.param
     config = LlamaConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=WIDTH,
@@ -47,11 +51,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(root / "plain")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=saved
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantised = AutoModelForCausalLM.from_pretrained(
-            root / "plain", quantization_config=settings, dtype=torch.float32
+            root / "plain", quantization_config=settings, dtype=getattr(torch, saved)
         )
         quantised.save_pretrained(root / "four")
     for name in ("plain", "four"):
@@ -67,13 +73,49 @@ def test_it_computes_what_the_quantised_model_computes(folders):
     quantised: Any = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     for name, module in maps.items():
         weight = quantised.get_submodule(name).weight
-        torch.testing.assert_close(module.weight, dequantize_4bit(weight.data, weight.quant_state))
+        assert torch.equal(module.weight, dequantize_4bit(weight.data, weight.quant_state).float())
+    for parameter in quantised.parameters():
+        if parameter.is_floating_point():  # what is not in 4 bits
+            parameter.data = parameter.data.float()
     with torch.no_grad():
         theirs = quantised(IDS).logits
         plain = AutoModelForCausalLM.from_pretrained(folders[0])(IDS).logits
         found = ours.model(IDS).logits
     # On CPUs bitsandbytes multiplies in bfloat16; the model before differs by far more.
     assert (found - theirs).abs().mean() < 0.2 * (found - plain).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_it_is_computed_in_the_precision_asked_for(folders, dtype):
+    model = load(str(folders[1]), dtype).model
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    whole = AutoModelForCausalLM.from_pretrained(folders[0], dtype=getattr(torch, dtype))
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == {
+        name: buffer.dtype for name, buffer in whole.named_buffers()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_is_merged_in_float32_before_rounding(folders, tmp_path, dtype):
+    """Its changes are small against a rounding of the weights to half precision."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        plain = AutoModelForCausalLM.from_pretrained(folders[0])
+        wrapped: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.005 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(tmp_path)
+    merged = load(str(folders[1]), dtype, adapter=str(tmp_path)).linear_maps(LAYER)
+    before = load(str(folders[1]), "float32").linear_maps(LAYER)
+    for name, module in merged.items():
+        expected = before[name].weight
+        if name.endswith("q_proj"):
+            maps = wrapped.get_base_model().get_submodule(name)
+            expected = (
+                expected + maps.scaling["default"] * maps.lora_B["default"].weight @ maps.lora_A["default"].weight
+            )
+        assert torch.equal(module.weight, expected.to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

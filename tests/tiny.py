@@ -66,7 +66,8 @@ def model(
         built = AutoModelForCausalLM.from_config(config(family, blocks, vocab))
         for parameter in built.parameters():
             parameter.add_(0.25 * torch.randn(parameter.shape))
-    return built.to(dtype).eval().requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)  # and no buffer: as models are loaded
+    return built.eval().requires_grad_(False)
 
 
 def loaded(family: str, tokenizer: PreTrainedTokenizerFast | None = None, **kwargs) -> Loaded:

@@ -211,7 +211,9 @@ def load(
     model, report = loaded
     if getattr(model, "hf_quantizer", None) is not None:
         # The function that 4-bit weights compute is that of these floating-point ones: gradients are taken there.
-        model = model.dequantize(dtype=model.dtype)
+        # Such a folder is read in the precision it was saved in, whatever is asked for.
+        exact = DTYPES["float32" if merging else dtype]
+        model = cast(model.dequantize(dtype=exact), exact)
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers and say so in a log
         detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
@@ -219,11 +221,24 @@ def load(
     if not (tokenizer.is_fast and (Path(texts) / "tokenizer.json").is_file()):
         raise Invalid("no_tokenizer", f"{texts} has no fast tokenizer (tokenizer.json).", param="model")
     if adapter is not None:
-        model = _adapted(model, adapter, lora).to(DTYPES[dtype])
+        model = cast(_adapted(model, adapter, lora), DTYPES[dtype])
     model.requires_grad_(False)
     model.eval()
     placed = _placed(model, path)
     return Loaded(placed, tokenizer, placed.get_input_embeddings().weight.device)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters in ``dtype``, as if it had been loaded in it.
+
+    Not ``model.to(dtype)``, which rounds buffers too: rotary frequencies must stay in float32, where a position is
+    multiplied with them (in bfloat16 the angle at position 2,047 is off by up to 2.5 radians).
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _placed(model: Any, path: str) -> Any:
