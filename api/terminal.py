@@ -1,6 +1,7 @@
 """What commands share: the consoles, common options, live progress, tables, and how a ranking is shown."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,7 +19,8 @@ from service import codec
 from service.contracts import JobEvent, JobRecord
 from service.terms import Lora, Pooling
 
-console = Console()
+# Into a file or a pipe lines are as long as they are: a name that is cut cannot be used.
+console = Console(width=None if sys.stdout.isatty() else 10_000)
 errors = Console(stderr=True)
 
 Url = Annotated[str, typer.Option("--url", envvar="WHENCE_URL", help="Address of the server.")]

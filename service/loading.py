@@ -29,7 +29,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _SMALL = 8  # manifests and example tables kept
-_SAMPLE = 1 << 14  # rows on which the spread of scores is estimated; of an index no larger than that, all
+_SAMPLE = 1 << 13  # rows on which the spread of scores is estimated; of an index no larger than that, all
 DELETED = "deleted"
 
 
@@ -109,7 +109,7 @@ class Rows:
         return self.index.excerpt(rows)
 
     def spread(self, query: F32) -> Spread:
-        """How all scores of the query lie: exact up to 16,384 rows, beyond that estimated on so many of them."""
+        """How all scores of the query lie: exact up to 8,192 rows, beyond that estimated on so many of them."""
         scores = np.sort(self._sampled.scores(query))
         if not len(scores):
             return Spread(0.0, 0.0, scores)

@@ -54,11 +54,15 @@ def sealed(record: Any) -> bytes:
 
 def read_text(storage: Storage, key: str, *, sha256: str) -> bytes:
     """The text of the record in a sealed file, checked but not decoded. Raises NotFound or Damaged."""
+    if (text := storage.held(sha256)) is not None:
+        return text
     data = storage.read(key)
     try:
-        return codec.opened(data, sha256=sha256)
+        text = codec.opened(data, sha256=sha256)
     except ValueError as error:
         raise _not_as_written(key, error) from error
+    storage.keep(sha256, text)
+    return text
 
 
 def read_sealed(storage: Storage, key: str, kind: type[T], *, sha256: str | None = None) -> T:

@@ -94,6 +94,15 @@ class Storage:
             cache.put(sha256, data)
         return data
 
+    def held(self, sha256: str) -> bytes | None:
+        """What this machine's cache has by that hash; None without a cache."""
+        return None if self._cache is None else self._cache.get(sha256)
+
+    def keep(self, sha256: str, data: bytes) -> None:
+        """Have the cache, where there is one, hold data whose hash the caller has checked."""
+        if self._cache is not None:
+            self._cache.put(sha256, data)
+
     def _read_local(self, key: str, path: str) -> bytes:
         try:
             return Path(path).read_bytes()

@@ -8,6 +8,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = (
+    "250"  # of rich and typer: what a test looks for stays in one line
+)
 
 import pytest
 from redis import ConnectionPool, Redis, UnixDomainSocketConnection

@@ -537,7 +537,7 @@ def test_flushed_redis_is_filled_again_from_the_bucket(
     records = [shelf.publish("a", version) for version in (1, 2)]
     redis.flushall()
     again = Registry(redis, Storage(bucket))
-    assert again.rebuild() == 3  # the dataset and two versions
+    assert again.rebuild().records == 3  # the dataset and two versions
     assert indexes.versions(again, "a") == records
     assert indexes.next_version(redis, again, "a") == 3
 

@@ -13,7 +13,7 @@ from api.up import Stack, free_port
 from benchmarks.lab import Lab
 from service.contracts import Completion, Example, IndexRecord
 from service.datasets import example_id
-from service.indexes import IndexLoader
+from service.loading import IndexLoader
 from service.storage import Storage
 from service.terms import IndexKind, JobState
 from tests import s3, tiny
@@ -62,7 +62,7 @@ def built(home: Path, model: Path, **settings: str) -> tuple[IndexRecord, dict[s
         files = {
             key: data for part in ("shards", "artifacts", "indexes") for key, data in stored(lab.storage, part)
         }
-        loader = IndexLoader(lab.storage, threads=1)
+        loader = IndexLoader(lab.registry, lab.storage, threads=1)
         rows = loader.rows(index, index.arrays[0])
         top = rows.index.search(np.ones(rows.index.d, np.float32), 24)
         return index, files, top.scores.tolist()

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Response
+from pydantic_core import to_json
 
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
@@ -22,7 +23,7 @@ from api.schemas import (
     TokenQueryIn,
     TokenSharesOut,
 )
-from service import filters
+from service import codec, filters
 from service.contracts import Fidelity, IndexRecord, JobRecord
 from service.datasets import render
 from service.errors import Invalid
@@ -40,6 +41,7 @@ router = APIRouter(prefix="/v1/queries", tags=["queries"])
 @router.post(
     "",
     summary="Which training examples pushed the model toward this concept?",
+    response_model=QueryOut,
     responses={
         202: {
             "model": JobRecord,
@@ -48,11 +50,21 @@ router = APIRouter(prefix="/v1/queries", tags=["queries"])
         **documented(404, 422, 503),
     },
 )
-def query(body: QueryIn, services: ServicesDep, response: Response) -> QueryOut | JobRecord:
+def query(body: QueryIn, services: ServicesDep) -> Response:
     """Rank the examples of an index. No model runs: 200 with the answer, or 202 with the job it needs first."""
     _check_k(body, services)
     found = services.queries.run(question(body, body.k), Page(body.limit, body.cursor))
-    return accepted(response, found) if isinstance(found, JobRecord) else _present(body, found)
+    if isinstance(found, JobRecord):
+        headers = {"Location": f"/v1/jobs/{found.id}"}
+        return Response(codec.encode(found), status_code=202, headers=headers, media_type="application/json")
+    return _answer(body, found)
+
+
+def _answer(body: QueryIn, answer: Answer) -> Response:
+    """The JSON of ``_present``, without a model for every hit: of a hundred, that is most of the work."""
+    about = _present(body, dataclasses.replace(answer, hits=())).model_dump(mode="json")
+    about["hits"] = [_hit(hit, set(body.fields)) for hit in answer.hits]
+    return Response(to_json(about, inf_nan_mode="null"), media_type="application/json")
 
 
 @router.post(
@@ -165,7 +177,7 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
         provenance=provenance(answer.index, found, answer.fidelity),
         rows=answer.rows,
         dims=found.array.dims,
-        hits=[_hit(hit, set(body.fields)) for hit in answer.hits],
+        hits=[HitOut.model_validate(_hit(hit, set(body.fields))) for hit in answer.hits],
         next=answer.page.following,
         warnings=list(answer.warnings),
         timing=Timing(
@@ -177,17 +189,18 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
 _EXCERPT = 200  # characters
 
 
-def _hit(hit: Hit, wanted: set[str]) -> HitOut:
+def _hit(hit: Hit, wanted: set[str]) -> dict[str, Any]:
+    """The fields of HitOut."""
     text = render(hit.example.content) if wanted & {"text", "excerpt"} else ""
     if "text" not in wanted and len(text) > _EXCERPT:
         text = text[:_EXCERPT] + "…"
-    return HitOut(
-        rank=hit.rank,
-        score=hit.score,
-        percentile=round(hit.percentile, 4),
-        z_score=round(hit.z_score, 4),
-        example_id=hit.example.id,
-        text=text,
-        metadata=dict(hit.example.metadata) if "metadata" in wanted else {},
-        places=list(hit.example.places) if "places" in wanted else [],
-    )
+    return {
+        "rank": hit.rank,
+        "score": hit.score,
+        "percentile": round(hit.percentile, 4),
+        "z_score": round(hit.z_score, 4),
+        "example_id": hit.example.id,
+        "text": text,
+        "metadata": dict(hit.example.metadata) if "metadata" in wanted else {},
+        "places": hit.example.places if "places" in wanted else (),
+    }
