@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from service.adapters import WEIGHTS
 from service.errors import Invalid
 from service.terms import Lora
 from service.work import Location, Reading, Tracked
+from workers import tokenizer
 
 # What users say for the sublayers of every family, and how these are named there.
 _SUBLAYERS = {"all": ("",), "attn": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2")}
@@ -193,7 +194,7 @@ def load(
     texts = tokenizer_path or path
     merging = adapter is not None and lora == Lora.MERGED  # in float32: a LoRA's changes drown in half precision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(texts, local_files_only=True, trust_remote_code=False)
+        texts_by = tokenizer.load(texts)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES["float32" if merging else dtype],
@@ -202,6 +203,8 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except Invalid:
+        raise
     except ImportError as error:
         detail = f"{path} needs a package that this worker lacks: {str(error)[:500]} Install 'whence[quantized]'."
         raise Invalid("model_does_not_load", detail, param="model") from error
@@ -218,14 +221,12 @@ def load(
         # transformers would fill them with random numbers and say so in a log
         detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
         raise Invalid("model_does_not_load", detail, param="model")
-    if not (tokenizer.is_fast and (Path(texts) / "tokenizer.json").is_file()):
-        raise Invalid("no_tokenizer", f"{texts} has no fast tokenizer (tokenizer.json).", param="model")
     if adapter is not None:
         model = cast(_adapted(model, adapter, lora), DTYPES[dtype])
     model.requires_grad_(False)
     model.eval()
     placed = _placed(model, path)
-    return Loaded(placed, tokenizer, placed.get_input_embeddings().weight.device)
+    return Loaded(placed, texts_by, placed.get_input_embeddings().weight.device)
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
