@@ -1,5 +1,6 @@
 """Load a model and its tokenizer from a folder, safely: safetensors only, no remote code, nothing fetched."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,21 @@ class Loaded:
         """d: what the hidden states between the blocks have."""
         config: Any = self.model.config
         return int(config.get_text_config().hidden_size)
+
+    @cached_property
+    def switches(self) -> tuple[int, ...]:
+        """Lengths beyond which the model computes something else: with ``longrope`` it has two sets of rotary
+        frequencies, and the longest row of a batch decides for all of them.
+        """
+        config: Any = self.model.config.get_text_config()  # pyright: ignore[reportCallIssue]
+        said: Any = getattr(config, "rope_parameters", None) or {}
+        each = said.values() if said and all(isinstance(value, dict) for value in said.values()) else [said]
+        longs = [one for one in each if one.get("rope_type") == "longrope"]
+        return tuple(sorted({int(one["original_max_position_embeddings"]) for one in longs}))
+
+    def regime(self, length: int) -> int:
+        """How many of them lie below this length: only texts of one regime may share a batch."""
+        return bisect_left(self.switches, length)
 
     def tracked(self, wanted: Tracked) -> dict[str, nn.Module]:
         """The linear maps that ``wanted`` names. Raises Invalid when there is none."""

@@ -141,11 +141,15 @@ def too_large(example: Example, tokens: int) -> Invalid:
 def _planned(
     loaded: Loaded, reading: Reading, pieces: Sequence[tuple[int, Tokens]], rows: Sequence[int]
 ) -> list[list[int]]:
-    """``rows`` of the pieces in batches, by lengths and what fits."""
-    lengths = [len(pieces[row][1]) for row in rows]
+    """``rows`` of the pieces in batches, by lengths and what fits; longest first."""
     cost = BATCH_COST.get(loaded.device.type, BATCH_COST["cuda"])
     budget = loaded.memory.within(reading.token_budget)
-    return [[rows[place] for place in group] for group in plan(lengths, budget, cost)]
+    found: list[list[int]] = []
+    for regime in range(len(loaded.switches), -1, -1):
+        some = [row for row in rows if loaded.regime(len(pieces[row][1])) == regime]
+        groups = plan([len(pieces[row][1]) for row in some], budget, cost)
+        found += [[some[place] for place in group] for group in groups]
+    return found
 
 
 _FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "PyObject pointer is null")
