@@ -13,9 +13,7 @@ import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -27,7 +25,6 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -36,8 +33,6 @@ from benchmarks.build import VOCABULARY, batches, floor, random_examples, save_r
 from benchmarks.lab import Lab
 from benchmarks.report import Report, parser
 from service import indexes
-from service.contracts import Completion, Example
-from service.datasets import example_id
 from workers import passes, readout
 from workers.models import load
 
@@ -73,40 +68,15 @@ def config(family: str, width: int) -> PreTrainedConfig:
     return KINDS[family](**sizes, **ids)
 
 
-def save_bytes(folder: Path) -> None:
-    """A tokenizer with one token for every byte: one that all families read alike, since the library makes that of
-    some (Qwen2) anew whatever the folder holds.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {"<unk>": 0, "</s>": 1} | {letter: number for number, letter in enumerate(alphabet, start=2)}
-    backend = Tokenizer(models.BPE(words, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
-
-
-def letters(count: int, length: int, seed: int = 0) -> list[Example]:
-    """random_examples with a letter for every word."""
-    found = []
-    for number, each in enumerate(random_examples(count, length, seed)):
-        assert isinstance(each.content, Completion)
-        rng = np.random.default_rng([seed, number])
-        sizes = [len(text.split()) for text in (each.content.prompt, each.content.completion)]
-        content = Completion(*("".join(rng.choice(list("abcdefgh"), size)) for size in sizes))
-        found.append(Example(example_id(content), content, {}, ()))
-    return found
-
-
 def ratio(family: str, chosen: argparse.Namespace) -> float:
     """Median over rounds of the pass's time over the floor's."""
-    examples = letters(chosen.examples, chosen.length)
+    examples = random_examples(chosen.examples, chosen.length)
     with TemporaryDirectory() as name:
         folder = Path(name)
         save_random(folder / "model", config(family, chosen.width))
-        save_bytes(folder / "model")
         with Lab(folder / "lab", threads=chosen.threads, token_budget=chosen.token_budget) as lab:
             lab.model("model", folder / "model")
-            lab.dataset("sample", letters(chosen.factors, chosen.length, seed=1))
+            lab.dataset("sample", random_examples(chosen.factors, chosen.length, seed=1))
             record, _ = lab.build("x", "model", "sample", _BLOCKS, projection_dim=64)
             spec = indexes.read_manifest(lab.storage, record).spec
             loaded = load(str(folder / "model"), "float32")

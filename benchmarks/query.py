@@ -33,7 +33,7 @@ from benchmarks.peers import run as peers
 from benchmarks.report import Report, parser
 from service import indexes, shards
 from service.redis_server import connect
-from service.registry import INDEXES, Registry
+from service.registry import DATASETS, INDEXES, Registry
 from service.storage import Storage
 
 THREADS = 2  # of a search, and of what it is compared with
@@ -250,16 +250,18 @@ def _clients(report: Report, asker: Asker, count: int, seconds: float) -> None:
 
 
 def _cold(report: Report, asker: Asker, storage: Storage, registry: Registry) -> None:
-    """The first answer of a server that has not seen the index, over reading and hashing its row files.
+    """The first answer of a server that has not seen the index, over reading and hashing the files that it needs:
+    rows, ids, texts and manifests.
 
     What is read is kept, as an index is. Both sides read from the page cache; a first round warms it.
     """
     record = registry.get(INDEXES, f"{asker.index}@v1")
     (section,) = indexes.read_manifest(storage, record).sections
-    paths = [
-        Path(storage.root) / shards.folder(ref.key) / f"00.activation.l{synthetic.LAYER}.npy"
-        for ref in section.shards
-    ]
+    folders = [Path(storage.root) / shards.folder(ref.key) for ref in section.shards]
+    paths = [path for folder in folders for path in folder.iterdir()]
+    files = registry.get(DATASETS, record.dataset).files
+    needed = [name for name in files if name.startswith(("ids", "examples"))]
+    paths += [Path(storage.root) / "datasets" / record.dataset / name for name in needed]
 
     def read(path: Path) -> bytes:
         data = path.read_bytes()

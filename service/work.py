@@ -258,10 +258,13 @@ class LambdaWork:
 
 @dataclass(frozen=True)
 class ScoutWork:
-    """How much each eigenvector matters to f_v on a query set, from J along a few random directions."""
+    """How much each eigenvector of some modules matters to f_v on a query set, from J along a few random
+    directions.
+    """
 
     reading: Reading
     curvature: str
+    modules: tuple[str, ...]  # in blocks up to the layer: as many as fit into memory with all their eigenvectors
     layer: int
     pooling: Pooling
     function: ConceptFunction
@@ -270,12 +273,15 @@ class ScoutWork:
 
 @dataclass(frozen=True)
 class NarrowWork:
-    """One module of a curvature with p eigenvectors per side: those that scouts found to matter, or the top."""
+    """One module of a curvature with p eigenvectors per side: those that scouts found to matter, or the top.
+
+    ``scouts``: for every question those of all its groups of modules.
+    """
 
     curvature: str
     module: str
     p: int
-    scouts: tuple[str, ...]
+    scouts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

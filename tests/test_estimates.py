@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from benchmarks.lab import DEFAULTS, Lab, Quiet
-from service import codec
+from service import artifacts, codec
 from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.planning import IndexRequest, plan_estimate
 from service.registry import DATASETS, MODELS
-from service.terms import LongExamples, Projection
-from service.work import Task
+from service.terms import ConceptFunction, LongExamples, Projection
+from service.work import NarrowWork, ScoutWork, Task, Tracked
 from tests import tiny
 from workers.build import Build
 from workers.estimates import probe
 from workers.estimates.rehearsal import Rehearsal
 from workers.models import load
 from workers.stages import grouped
+from workers.works.choice import HELD
 from workers.works.factors import shapes_of
 
 TOKENIZER = tiny.words()
@@ -211,6 +212,44 @@ def test_a_group_is_a_task_for_each_part_of_the_sample(world: World) -> None:
     assert len(names) == len(set(names)) == 14
     assert all(len(group) == 1 for group in names)
     assert sum(type(work).__name__ == "MomentWork" for work in works) == 14
+
+
+def test_scouts_in_groups_choose_the_same_eigenvectors(world: World) -> None:
+    """For several questions, whose importances are made comparable over all modules before they are added."""
+    lab = world.lab
+    lab.dataset("q2", [example(number) for number in range(1100, 1105)])
+    options = {
+        "kinds": ("influence",),
+        "query_sets": ("q", "q2"),
+        "layers": (1, 2),
+        "projection_dim": 3,
+        "checkpoints": "end",
+    }
+    options |= {"concept_functions": tuple(ConceptFunction), "curvature": FITTED}
+    small = 4 * (2 * 24 * 24 + 10 * 16 * 24)
+    chosen, scouts = [], []
+    for most in (1 << 30, small, 1):
+        lab.settings = replace_setting(lab.settings, curvature_bytes=most)
+        world.tasks.clear()
+        lab.build("x", "tuned", "d", 2, **options)
+        works = {task.key: task.work for task in world.tasks}
+        narrow = {key: work for key, work in works.items() if isinstance(work, NarrowWork) and work.p == 3}
+        made = {(work.curvature, work.module): artifacts.get(lab.storage, key) for key, work in narrow.items()}
+        chosen.append({about: artifacts.read(lab.storage, found, "eigen") for about, found in made.items()})
+        scouts.append([work for work in works.values() if isinstance(work, ScoutWork)])
+    assert len(chosen[0]) == 14
+    assert len(scouts[0]) == 8  # a question is a query set, a layer and a function
+    assert len(scouts[0]) < len(scouts[1])
+    alone = [work for works in scouts[1:] for work in works if len(work.modules) == 1]
+    assert len(alone) == 4 * (7 + 14)  # those of both, as the second finds some done
+    shapes = shapes_of(load(str(world.tuned), "float32"), Tracked(2))
+    for work in scouts[1]:
+        held = sum(d_out**2 + d_in**2 + HELD * d_out * d_in for d_out, d_in, _ in map(shapes.get, work.modules))
+        assert 4 * held <= small
+    for other in chosen[1:]:
+        for about, sides in chosen[0].items():
+            for side in ("out", "into"):
+                np.testing.assert_array_equal(other[about][side], sides[side])
 
 
 def replace_setting(settings, **changed):

@@ -381,9 +381,7 @@ SETTINGS = {
 @pytest.mark.parametrize("family", SETTINGS)
 def test_other_families_layers_and_settings_against_dense_matrices(world, family):
     labels, positions, reduction, pooling, layers = SETTINGS[family]
-    # transformers gives a Qwen2 folder its own pre-tokeniser, whatever tokenizer.json says: byte pairs survive
-    tokenizer = tiny.byte_pairs(bos=True) if family == "qwen2" else TOKENIZER
-    folder = Path(tiny.save(world.root / family, family, tokenizer))
+    folder = Path(tiny.save(world.root / family, family, TOKENIZER))
     world.lab.model(family, folder)
     fitted = {"examples": 30, "seed": 1, "labels": labels, "positions": positions}
     index, _ = world.lab.build(
@@ -399,7 +397,7 @@ def test_other_families_layers_and_settings_against_dense_matrices(world, family
         loss_reduction=reduction,
         pooling=pooling,
     )
-    oracle = Oracle(folder, tokenizer)
+    oracle = Oracle(folder)
     modules = oracle.loaded.linear_maps(max(layers))
     sample = [next(one for one in TRAIN if one.id == item) for item in sample_of(IDS, 30, 1)]
     tokens = oracle.tokens(sample)

@@ -10,7 +10,7 @@ from service.errors import Invalid
 from service.terms import LongExamples, Pooling
 from tests import tiny
 from tests.tiny import as_bytes, chat
-from workers.masks import Tokens, fit, tokenise
+from workers.masks import Tokens, UnrenderableError, fit, tokenise
 
 EVERY_CONTENT = {
     "text": PlainText("the cat sat on the mat"),
@@ -261,6 +261,30 @@ def test_generation_tags_mark_what_a_rewriting_template_renders():
 def test_a_chat_that_the_template_itself_refuses_is_an_answer_and_not_a_crash():
     with pytest.raises(Invalid):
         tokenise(chat("system: s", "user: a", "assistant: b"), tiny.byte_pairs(tiny.NO_SYSTEM))
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "{{ 'a' + 3 }}",
+        "{{ 1 // (m.content | length - 1) }}",
+        "{{ m.content.index('no such text') }}",
+        "{{ '%d' % m.content }}",
+        "{{ {}.popitem() }}",
+        "{{ 10.0 ** 400 }}",
+        "{{ m.content.no_method() }}",
+        "{{ ''.join([3]) }}",
+    ],
+)
+@pytest.mark.parametrize("template", [tiny.PLAIN, tiny.TAGGED], ids=["prefixes", "generation tags"])
+def test_a_chat_that_makes_the_template_fail_is_refused_by_it(template, failing):
+    """Such a template is a programme that fails on some input: the example is at fault, not the service."""
+    guarded = "{% for m in messages %}{% if m.content == '!' %}" + failing + "{% endif %}{% endfor %}"
+    tokenizer = tiny.byte_pairs(template + guarded)
+    assert trained_on(chat("user: a", "assistant: b"), tokenizer) == "b<|end|>"
+    with pytest.raises(UnrenderableError) as refused:
+        tokenise(chat("user: !", "assistant: b"), tokenizer)
+    assert refused.value.code == "template_refuses"
 
 
 def test_a_template_that_only_speaks_of_generation_tags_has_none():

@@ -34,6 +34,7 @@ from workers.estimates import probe
 from workers.estimates.probe import Cost, Source, Survey, Trial
 from workers.models import Loaded, load_at
 from workers.passes import PassResult
+from workers.prepare import naming_memory
 from workers.works import answers
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,13 @@ class Worker:
         if isinstance(task.work, CompactSpec):
             return derive.compact(self._storage, task, task.work, self._versions())
         if isinstance(task.work, ShardWork):
-            return self._publish_shard(task, *self._rows(task, task.work))
+            with naming_memory(task.title):
+                found = self._rows(task, task.work)
+            return self._publish_shard(task, *found)
         reading: Reading | None = getattr(task.work, "reading", None)
-        loaded = self._model(task.location, reading) if reading is not None else None
-        tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
+        with naming_memory(task.title):
+            loaded = self._model(task.location, reading) if reading is not None else None
+            tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
         if (there := find(self._storage, task)) is not None:  # somebody else was faster
             return there
         return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions())

@@ -34,7 +34,8 @@ from service.work import (
 )
 from workers import directions, fidelity
 from workers.derive import summed
-from workers.stages import Stages
+from workers.stages import Stages, grouped
+from workers.works.choice import HELD
 
 
 @dataclass(frozen=True)
@@ -152,18 +153,23 @@ class Build:
 
     def _scouts(
         self, location: Location, reading: Reading, curvature: str, questions: Sequence[Question]
-    ) -> tuple[str, ...]:
-        """What says which eigenvectors are worth keeping, for every question."""
-        plan = self._spec.influence
+    ) -> tuple[tuple[str, ...], ...]:
+        """What says which eigenvectors are worth keeping: for every question, by groups of modules that fit into
+        memory with all of theirs.
+        """
+        plan, spec = self._spec.influence, self._spec
         if plan is None:
             return ()
-        works = [
-            ScoutWork(reading, curvature, question.layer, plan.pooling, question.function, plan.dampings[0])
-            for question in questions
-        ]
-        sources = [(question.query_set, range(question.query_set.examples)) for question in questions]
-        found = self._stages.artifacts("scouting eigenvectors", works, location=location, sources=sources)
-        return tuple(artifact.key for artifact in found)
+        works, sources, counts = [], [], []
+        for question in questions:
+            shapes = self._stages.shapes(location, reading, spec.tracked, blocks=question.layer)
+            groups = grouped(shapes, spec.curvature_bytes, HELD)
+            about = (question.layer, plan.pooling, question.function, plan.dampings[0])
+            works += [ScoutWork(reading, curvature, group, *about) for group in groups]
+            sources += [(question.query_set, range(question.query_set.examples))] * len(groups)
+            counts.append(len(groups))
+        found = iter(self._stages.artifacts("scouting eigenvectors", works, location=location, sources=sources))
+        return tuple(tuple(next(found).key for _ in range(count)) for count in counts)
 
     def _basis(
         self,

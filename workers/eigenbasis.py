@@ -1,6 +1,6 @@
 """A stored curvature as workers use it: eigenvectors, λ, mean λ, by module."""
 
-from collections.abc import Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,7 @@ def modules(storage: Storage, curvature: str) -> list[str]:
     return [name.removeprefix(EIGEN) for name in facts if name.startswith(EIGEN)]
 
 
-def sides(
-    storage: Storage, curvature: str, loaded: Loaded, only: Mapping[str, object] | None = None
-) -> dict[str, Sides]:
+def sides(storage: Storage, curvature: str, loaded: Loaded, only: Container[str] | None = None) -> dict[str, Sides]:
     """The eigenvectors of every module, or of those in ``only``, each where its module is."""
     facts = artifacts.get(storage, curvature).facts
     found = {}

@@ -51,7 +51,7 @@ class Wide:
 
     whole: str | None
     p: int | None
-    scouts: tuple[str, ...] = ()
+    scouts: tuple[tuple[str, ...], ...] = ()
 
     def curvature(self, stages: Stages) -> str:
         assert self.whole is not None  # noqa: S101  (only asked where there is a curvature)

@@ -26,6 +26,8 @@ Span = tuple[int, int]
 
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+# A template is a small programme: what its own arithmetic, filters and look-ups raise is no TemplateError.
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class UnrenderableError(Invalid):
@@ -250,8 +252,9 @@ def _render(
             add_generation_prompt=prompt,
             **special,
         )
-    except TemplateError as error:
-        detail = f"The chat template does not accept this conversation: {error}."
+    except _REFUSALS as error:
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        detail = f"The chat template does not accept this conversation: {kind}{str(error)[:500]}."
         raise UnrenderableError("template_refuses", detail) from error
     texts, spans = rendered
     return texts[0], [(start, stop) for start, stop in spans[0]] if spans else []

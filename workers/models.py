@@ -1,5 +1,6 @@
 """Load a model and its tokenizer from a folder, safely: safetensors only, no remote code, nothing fetched."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from service.adapters import WEIGHTS
 from service.errors import Invalid
 from service.terms import Lora
 from service.work import Location, Reading, Tracked
+from workers import tokenizer
 
 # What users say for the sublayers of every family, and how these are named there.
 _SUBLAYERS = {"all": ("",), "attn": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2")}
@@ -70,6 +72,21 @@ class Loaded:
         """d: what the hidden states between the blocks have."""
         config: Any = self.model.config
         return int(config.get_text_config().hidden_size)
+
+    @cached_property
+    def switches(self) -> tuple[int, ...]:
+        """Lengths beyond which the model computes something else: with ``longrope`` it has two sets of rotary
+        frequencies, and the longest row of a batch decides for all of them.
+        """
+        config: Any = self.model.config.get_text_config()  # pyright: ignore[reportCallIssue]
+        said: Any = getattr(config, "rope_parameters", None) or {}
+        each = said.values() if said and all(isinstance(value, dict) for value in said.values()) else [said]
+        longs = [one for one in each if one.get("rope_type") == "longrope"]
+        return tuple(sorted({int(one["original_max_position_embeddings"]) for one in longs}))
+
+    def regime(self, length: int) -> int:
+        """How many of them lie below this length: only texts of one regime may share a batch."""
+        return bisect_left(self.switches, length)
 
     def tracked(self, wanted: Tracked) -> dict[str, nn.Module]:
         """The linear maps that ``wanted`` names. Raises Invalid when there is none."""
@@ -193,7 +210,7 @@ def load(
     texts = tokenizer_path or path
     merging = adapter is not None and lora == Lora.MERGED  # in float32: a LoRA's changes drown in half precision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(texts, local_files_only=True, trust_remote_code=False)
+        texts_by = tokenizer.load(texts)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES["float32" if merging else dtype],
@@ -202,6 +219,8 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except Invalid:
+        raise
     except ImportError as error:
         detail = f"{path} needs a package that this worker lacks: {str(error)[:500]} Install 'whence[quantized]'."
         raise Invalid("model_does_not_load", detail, param="model") from error
@@ -218,14 +237,12 @@ def load(
         # transformers would fill them with random numbers and say so in a log
         detail = f"{path} lacks {len(missing)} weights, the first is {missing[0]}."
         raise Invalid("model_does_not_load", detail, param="model")
-    if not (tokenizer.is_fast and (Path(texts) / "tokenizer.json").is_file()):
-        raise Invalid("no_tokenizer", f"{texts} has no fast tokenizer (tokenizer.json).", param="model")
     if adapter is not None:
         model = cast(_adapted(model, adapter, lora), DTYPES[dtype])
     model.requires_grad_(False)
     model.eval()
     placed = _placed(model, path)
-    return Loaded(placed, tokenizer, placed.get_input_embeddings().weight.device)
+    return Loaded(placed, texts_by, placed.get_input_embeddings().weight.device)
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

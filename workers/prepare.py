@@ -1,6 +1,7 @@
 """From examples to batches: tokenise, mask, fit into the context, or say why an example cannot run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -58,6 +59,7 @@ class Prepared:
                 found = None  # and no longer inside the handler, whose traceback holds on to the tensors
             if found is not None:
                 yield members, found
+                found = None  # free before the next one is made
                 continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -89,21 +91,17 @@ class Prepared:
         """
         sums: dict[str, list[Tensor]] = {}
         used: list[int] = []
-
-        def add(prepared: Prepared, again: bool) -> None:
-            about = {"pooling": pooling, "reduction": reduction}
-            for members, found in prepared.each(loaded, reading, compute, **about):
-                if all(bool(each.isfinite().all()) for values in found.values() for each in values):
-                    for name, values in found.items():
-                        known = sums.get(name)
-                        pairs = zip(known, values, strict=True) if known else ()
-                        sums[name] = [total.add_(value) for total, value in pairs] or list(values)
-                    used.extend(members)
-                elif again:
-                    for position in members:
-                        add(Prepared(self.examples, {position: self.tokens[position]}, self.aside), False)
-
-        add(self, True)
+        about = {"pooling": pooling, "reduction": reduction}
+        for members, found in self.each(loaded, reading, compute, **about):
+            fine = _add(sums, found)
+            del found  # as large as the sums, and about to be made again
+            if fine:
+                used.extend(members)
+                continue
+            for position in members:
+                alone = Prepared(self.examples, {position: self.tokens[position]}, self.aside)
+                if all(_add(sums, each) for _, each in alone.each(loaded, reading, compute, **about)):
+                    used.append(position)
         return sums, used
 
     def _pieces(self, reading: Reading, pooling: Pooling | None) -> list[tuple[int, Tokens]]:
@@ -118,12 +116,23 @@ class Prepared:
         return pieces
 
 
+def _add(sums: dict[str, list[Tensor]], found: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Add to the sums what is finite throughout; whether it was."""
+    if not all(bool(each.isfinite().all()) for values in found.values() for each in values):
+        return False
+    for name, values in found.items():
+        known = sums.get(name)
+        pairs = zip(known, values, strict=True) if known else ()
+        sums[name] = [total.add_(value) for total, value in pairs] or list(values)
+    return True
+
+
 def too_large(example: Example, tokens: int) -> Invalid:
     """The example does not fit into memory, even alone."""
     return Invalid(
         "out_of_memory",
-        f"Example {example.id} does not fit into a worker's memory: {tokens} tokens at once. Lower max_length, use "
-        "WHENCE_DTYPE=bfloat16, track fewer modules, or leave the example out.",
+        f"Example {example.id} does not fit into a worker's memory: {tokens} tokens at once. Lower max_length or "
+        "WHENCE_CURVATURE_BYTES, use WHENCE_DTYPE=bfloat16, track fewer modules, or leave the example out.",
         param="dataset",
         context={"example": example.id},
     )
@@ -132,19 +141,39 @@ def too_large(example: Example, tokens: int) -> Invalid:
 def _planned(
     loaded: Loaded, reading: Reading, pieces: Sequence[tuple[int, Tokens]], rows: Sequence[int]
 ) -> list[list[int]]:
-    """``rows`` of the pieces in batches, by lengths and what fits."""
-    lengths = [len(pieces[row][1]) for row in rows]
+    """``rows`` of the pieces in batches, by lengths and what fits; longest first."""
     cost = BATCH_COST.get(loaded.device.type, BATCH_COST["cuda"])
     budget = loaded.memory.within(reading.token_budget)
-    return [[rows[place] for place in group] for group in plan(lengths, budget, cost)]
+    found: list[list[int]] = []
+    for regime in range(len(loaded.switches), -1, -1):
+        some = [row for row in rows if loaded.regime(len(pieces[row][1])) == regime]
+        groups = plan([len(pieces[row][1]) for row in some], budget, cost)
+        found += [[some[place] for place in group] for group in groups]
+    return found
 
 
-_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+_FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "PyObject pointer is null")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is the device's, or the machine's, memory being full."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _FULL)
+
+
+@contextmanager
+def naming_memory(title: str) -> Iterator[None]:
+    """What runs out of memory here although batches have been halved says so: its tables did not fit."""
+    try:
+        yield
+    except BaseException as error:  # Rust libraries panic, which is no Exception
+        if not out_of_memory(error):
+            raise
+        raise Invalid(
+            "out_of_memory",
+            f"{title[:1].upper()}{title[1:]} does not fit into a worker's memory ({str(error)[:300]}). Start the "
+            "api with a lower WHENCE_CURVATURE_BYTES or WHENCE_DTYPE=bfloat16, or ask for fewer modules, a smaller "
+            "projection_dim or fewer coordinates.",
+        ) from error
 
 
 def prepare(

@@ -22,12 +22,15 @@ def by_curvature(square: Scores, mean: Mapping[str, float]) -> dict[str, F64]:
 
 def by_jacobian(norm: Scores, square: Scores, mean: Mapping[str, float], damping: float) -> dict[str, F64]:
     """‖J_ij‖² λ_ij/(λ_ij + δ)²: the variance over examples of a coordinate's term in m_z; sums to 1."""
-    found = {}
-    for name, values in norm.items():
-        damped = square[name] + damping * mean[name]
-        found[name] = np.divide(values * square[name], damped**2, out=np.zeros_like(values), where=damped > 0)
+    found = {name: spread(values, square[name], damping * mean[name]) for name, values in norm.items()}
     total = sum(float(values.sum()) for values in found.values())
     return {name: values / total if total > 0 else values for name, values in found.items()}
+
+
+def spread(norm: F64, square: F64, delta: float) -> F64:
+    """‖J_ij‖² λ_ij/(λ_ij + δ)² of some coordinates of one module; 0 where λ and δ are."""
+    damped = square + delta
+    return np.divide(norm * square, damped**2, out=np.zeros_like(norm), where=damped > 0)
 
 
 def top(scores: Scores, count: int) -> Choice:

@@ -147,11 +147,15 @@ class Stages:
             tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
         return self.run(stage, tasks, unit=unit)
 
-    def shapes(self, location: Location, reading: Reading, tracked: Tracked) -> dict[str, tuple[int, int]]:
-        """(d_out, d_in) of every tracked module."""
+    def shapes(
+        self, location: Location, reading: Reading, tracked: Tracked, *, blocks: int | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of every tracked module, or of those in the first ``blocks``."""
         (found,) = self.artifacts("modules", [ShapesWork(reading, tracked)], location=location)
-        sizes = {name: str(said).split() for name, said in found.facts.items()}
-        return {name: (int(d_out), int(d_in)) for name, (d_out, d_in, _block) in sizes.items()}
+        sizes = {name: [int(number) for number in str(said).split()] for name, said in found.facts.items()}
+        return {
+            name: (d_out, d_in) for name, (d_out, d_in, block) in sizes.items() if blocks is None or block <= blocks
+        }
 
     def curvature(
         self,
@@ -226,8 +230,8 @@ class Stages:
         named = [str(key) for fact, key in parts if fact.startswith((EIGEN, LAMBDA))]
         return known is not None and all(artifacts.made(self.storage, key) is not None for key in named)
 
-    def narrowed(self, curvature: str, p: int | None, scouts: Sequence[str]) -> str:
-        """The curvature with p eigenvectors per side of every module; None: itself."""
+    def narrowed(self, curvature: str, p: int | None, scouts: Sequence[tuple[str, ...]]) -> str:
+        """The curvature with p eigenvectors per side of every module; None: itself. ``scouts``: by question."""
         if p is None:
             return curvature
         key = codec.digest([FORMAT, "narrowed", curvature, p, list(scouts)])
@@ -334,14 +338,14 @@ def _tokens_of(result: ShardManifest | Artifact) -> int:
     return result.tokens if isinstance(result, ShardManifest) else int(result.facts.get("tokens", 0))
 
 
-def grouped(shapes: Mapping[str, tuple[int, int]], most_bytes: int) -> list[tuple[str, ...]]:
+def grouped(shapes: Mapping[str, tuple[int, int]], most_bytes: int, products: int = 1) -> list[tuple[str, ...]]:
     """The modules in order, in as few groups as keep what EK-FAC holds of each within ``most_bytes``, when one
-    fits at all: both covariances or eigenbases in float32, and λ.
+    fits at all: both covariances or eigenbases in float32, and ``products`` matrices (d_out, d_in), λ as a rule.
     """
     groups: list[list[str]] = []
     room = 0
     for name, (d_out, d_in) in shapes.items():
-        need = 4 * (d_out**2 + d_in**2 + d_out * d_in)
+        need = 4 * (d_out**2 + d_in**2 + products * d_out * d_in)
         if not groups or need > room:
             groups.append([])
             room = most_bytes

@@ -242,8 +242,10 @@ class Pricing:
                 return self._weights.sides(work)
             case MomentWork(bases=bases):
                 return {name: shapes[name][:2] for name, _ in bases}
-            case JacobianWork() | ScoutWork():
+            case JacobianWork():
                 return self._weights.kept(work.curvature, work.layer)
+            case ScoutWork(modules=names):
+                return {name: shapes[name][:2] for name in names}
             case LossRowsWork():
                 return self._weights.kept(work.curvature)
             case _:

@@ -120,10 +120,10 @@ class Weights:
                 self._lambdas[task.key] = self._shapes[name][:2]
                 product, facts = self._products([name]), {"mean": 1.0, "examples": 1}
                 return Weight(product, len(parts) * product, 2, facts)
-            case ScoutWork():
-                names = list(self.kept(work.curvature, work.layer))
+            case ScoutWork(modules=names):
                 sides = sum(8 * sum(self._shapes[name][:2]) for name in names)
-                return Weight(sides, self._squares(names), 1 + len(names))
+                read = self._squares(names) + self._products(names)
+                return Weight(sides, read, 1 + len(names), {"total": 1.0})
             case NarrowWork(_, name, p):
                 return self._narrow(task.key, name, p)
             case JacobianWork():

@@ -83,29 +83,34 @@ def _group(
     limits: Mapping[int, int],
 ) -> dict[int, Ids]:
     """Answers to prompts of one batch. Where the context leaves them different limits, those that have reached
-    theirs leave the batch: no position beyond the context is ever computed.
+    theirs leave the batch: no position beyond the context is ever computed. So do those that reach a length from
+    which the model computes something else; they go on together when no other is below it.
     """
     ends = ends_of(loaded, work.spec.ends)
     uniform = {each: uniforms(work.spec.seed, examples[each].id, limits[each]) for each in prompts}
     made = {each: np.zeros(0, dtype=np.int64) for each in prompts}
-    running, done = list(prompts), 0
+    running = list(prompts)
     while running:
-        steps = min(limits[each] for each in running) - done
+        texts = {each: np.concatenate([prompts[each], made[each]]) for each in running}
+        regime = {each: loaded.regime(len(texts[each])) for each in running}
+        lowest = min(regime.values())
+        some = [each for each in running if regime[each] == lowest]
+        steps = min(limits[each] - len(made[each]) for each in some)
+        if lowest < len(loaded.switches):  # the token after the switch is still drawn from what lies before it
+            steps = min(steps, loaded.switches[lowest] + 1 - max(len(texts[each]) for each in some))
         parts = generate(
             loaded,
-            [np.concatenate([prompts[each], made[each]]) for each in running],
-            [uniform[each][done : done + steps] for each in running],
+            [texts[each] for each in some],
+            [uniform[each][len(made[each]) : len(made[each]) + steps] for each in some],
             limit=steps,
             temperature=work.spec.temperature,
             ends=ends,
         )
-        done += steps
-        going = []
-        for each, part in zip(running, parts, strict=True):
+        running = [each for each in running if regime[each] != lowest]
+        for each, part in zip(some, parts, strict=True):
             made[each] = np.concatenate([made[each], part]) if len(part) else part  # empty: the model gave NaN
-            if len(part) and limits[each] > done and part[-1] not in ends:
-                going.append(each)
-        running = going
+            if len(part) and limits[each] > len(made[each]) and part[-1] not in ends:
+                running.append(each)
     return made
 
 

@@ -15,32 +15,49 @@ from workers import eigenbasis, selection
 from workers.eigenbasis import Spectrum
 from workers.models import Loaded
 from workers.works.result import Result, Tensors
-from workers.works.rows import blocks, rows_of_jacobian
+from workers.works.rows import blocks, jacobian_on
 
 SCOUTS = 8  # random directions that stand for all v
 AT_ONCE = 2  # of them per backward: every eigenvector is kept here
+# What is held of each module beside its eigenvectors, in matrices of its size: rows of a batch, of all batches, and
+# the sum of their squares.
+HELD = 2 * AT_ONCE + 1
+_NUMBERS = 1 << 22  # of λ that are taken in float64 at a time
 
 
 def scout(work: ScoutWork, storage: Storage, loaded: Loaded, examples: Sequence[Example]) -> Result:
-    """Σ_j and Σ_i of E_v⟨v, J_ij⟩² λ_ij/(λ_ij+δ)² by module: the marginal importance of each eigenvector."""
-    width = loaded.width
+    """Σ_j and Σ_i of E_v⟨v, J_ij⟩² λ_ij/(λ_ij+δ)² by module: the marginal importance of each eigenvector.
+
+    As large as they come out; ``total`` is the sum over all modules here, for whoever compares questions.
+    """
     generator = np.random.Generator(np.random.Philox(key=SCOUTS))
-    directions = torch.from_numpy(generator.standard_normal((SCOUTS, width)).astype(np.float32))
-    total: dict[str, torch.Tensor] = {}
+    directions = torch.from_numpy(generator.standard_normal((SCOUTS, loaded.width)).astype(np.float32))
+    sides = eigenbasis.sides(storage, work.curvature, loaded, only=work.modules)
+    squares: dict[str, torch.Tensor] = {}
     for chunk in directions.to(loaded.device).split(AT_ONCE):
-        sums, _, _ = rows_of_jacobian(work, storage, loaded, examples, chunk)
-        for name, rows in sums.items():
-            square = rows.square().sum(0)
-            total[name] = total[name] + square if name in total else square
+        rows, _, _ = jacobian_on(work, sides, loaded, examples, chunk)
+        for name in list(rows):
+            square = rows.pop(name).square_().sum(0)
+            squares[name] = squares[name].add_(square) if name in squares else square
+    del sides
+    facts = artifacts.get(storage, work.curvature).facts
     tensors: Tensors = {}
-    for name, spectrum in eigenbasis.spectra(storage, work.curvature).items():
-        if name not in total:
-            continue
-        norm = {name: total[name].cpu().numpy().astype(np.float64).reshape(spectrum.square.shape)}
-        square, mean = {name: spectrum.square}, {name: spectrum.mean}
-        matters = selection.by_jacobian(norm, square, mean, work.damping)[name]
-        tensors[name] = {"out": matters.sum(axis=1), "into": matters.sum(axis=0)}
-    return tensors, {}
+    total = 0.0
+    for name in list(squares):
+        of_lambda = artifacts.get(storage, str(facts[eigenbasis.LAMBDA + name]))
+        square = artifacts.read(storage, of_lambda, "lambda")["square"]
+        norm = squares.pop(name).cpu().numpy().reshape(square.shape)
+        out, into = np.zeros(square.shape[0]), np.zeros(square.shape[1])
+        few = max(1, _NUMBERS // square.shape[1])
+        for start in range(0, len(square), few):
+            some = slice(start, start + few)
+            delta = work.damping * float(of_lambda.facts["mean"])
+            matters = selection.spread(norm[some].astype(np.float64), square[some].astype(np.float64), delta)
+            out[some] = matters.sum(axis=1)
+            into += matters.sum(axis=0)
+        tensors[name] = {"out": out, "into": into}
+        total += float(out.sum())
+    return tensors, {"total": total}
 
 
 def narrow(work: NarrowWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
@@ -48,12 +65,19 @@ def narrow(work: NarrowWork, storage: Storage, _loaded: None, _examples: Sequenc
     eigen = artifacts.read(storage, artifacts.get(storage, str(facts[eigenbasis.EIGEN + work.module])), "eigen")
     of_lambda = artifacts.get(storage, str(facts[eigenbasis.LAMBDA + work.module]))
     square = artifacts.read(storage, of_lambda, "lambda")["square"]
-    scouts = [artifacts.get(storage, key) for key in work.scouts]
-    scouts = [scout for scout in scouts if work.module in artifacts.stems(scout)]
+    found: list[tuple[float, Mapping[str, NDArray[np.float64]]]] = []  # by question: its sum over all modules
+    for groups in work.scouts:
+        scouts = [artifacts.get(storage, key) for key in groups]
+        total = sum(float(scout.facts["total"]) for scout in scouts)
+        found += [
+            (total if total > 0 else 1.0, artifacts.read(storage, scout, work.module))
+            for scout in scouts
+            if work.module in artifacts.stems(scout)
+        ]
     kept: dict[str, NDArray[np.int64]] = {}
     for side in ("out", "into"):
         count = eigen[side].shape[1]
-        matters = [artifacts.read(storage, scout, work.module)[side] for scout in scouts]
+        matters = [of_module[side] / total for total, of_module in found]
         scores = np.sum(matters, axis=0) if matters else -np.arange(count)  # unscouted: the largest eigenvalues
         kept[side] = np.sort(np.argsort(-scores, kind="stable")[: work.p])
     vectors = {side: eigen[side][:, index] for side, index in kept.items()}

@@ -28,21 +28,10 @@ def concept_jacobian(work: JacobianWork, storage: Storage, loaded: Loaded, examp
     else:
         rows = artifacts.read(storage, artifacts.get(storage, work.directions), "directions")["rows"]
         directions = torch.from_numpy(rows[work.start : work.stop]).to(loaded.device)
-    sums, count, aside = rows_of_jacobian(work, storage, loaded, examples, directions)
+    sides = eigenbasis.sides(storage, work.curvature, loaded, only=loaded.linear_maps(work.layer))
+    sums, count, aside = jacobian_on(work, sides, loaded, examples, directions)
     tensors: Tensors = {name: {"rows": rows.cpu().numpy()} for name, rows in sums.items()}
     return tensors, {"rows": len(directions), "examples": count, "quarantined": aside}
-
-
-def rows_of_jacobian(
-    work: JacobianWork | ScoutWork,
-    storage: Storage,
-    loaded: Loaded,
-    examples: Sequence[Example],
-    directions: torch.Tensor,
-) -> tuple[dict[str, torch.Tensor], int, int]:
-    """D·J averaged over the query set, by module; the examples that were used and those set aside."""
-    sides = eigenbasis.sides(storage, work.curvature, loaded, only=loaded.linear_maps(work.layer))
-    return jacobian_on(work, sides, loaded, examples, directions)
 
 
 def jacobian_on(
@@ -52,7 +41,9 @@ def jacobian_on(
     examples: Sequence[Example],
     directions: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], int, int]:
-    """The same on given eigenvectors, of modules in blocks up to the layer."""
+    """D·J averaged over the query set, by module, on given eigenvectors of modules in blocks up to the layer; the
+    examples that were used and those set aside.
+    """
     modules = loaded.linear_maps(work.layer)
     if not sides:
         detail = f"No tracked map lies in blocks 1 to {work.layer}: f_v at layer {work.layer} has no gradient."
@@ -77,7 +68,7 @@ def jacobian_on(
     if not used:
         raise Invalid("empty_query_set", "No example of the query set can be used.", param="query_set")
     aside = len(examples) - len(used)
-    return {name: rows / len(used) for name, (rows,) in sums.items()}, len(used), aside
+    return {name: rows.div_(len(used)) for name, (rows,) in sums.items()}, len(used), aside
 
 
 def mix(work: MixWork, storage: Storage, _loaded: None, _examples: Sequence[Example]) -> Result:
