@@ -107,7 +107,14 @@ def main() -> int:
     except DomainError as error:
         logging.getLogger("whence.api").error("%s", error)
         return 1
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service import codec, damage, example_ids, indexes, token_shares
+from service import codec, concepts, damage, example_ids, indexes, token_shares
 from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
@@ -29,6 +29,7 @@ from service.token_shares import TokenShares
 
 _LOW_FIDELITY = 0.8
 _LOW_SHARE = 0.9
+_DIRECTIONS = 1024  # of concepts, kept
 _KEPT_BYTES = 64 << 20  # of rankings and filter masks that may be asked for again
 
 
@@ -99,6 +100,7 @@ class QueryService:
         self._shard_size = shard_size
         self._rankings: LoadingCache[Ranking] = LoadingCache(_KEPT_BYTES, _bytes_of)
         self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: mask.nbytes)
+        self._directions: LoadingCache[F32] = LoadingCache(_DIRECTIONS)
 
     @damage.told
     def prepare(self, query: Query) -> Prepared | JobRecord:
@@ -107,7 +109,7 @@ class QueryService:
         Raises NotFound for unknown names, Invalid when concept, index and method do not fit together.
         """
         index = indexes.resolve(self._registry, query.index)
-        asked = resolve(query, index, self._registry, self._storage)
+        asked = resolve(query, index, self._registry, self._direction)
         found = match(self._storage, index, self._loader.manifest(index), asked, shard_size=self._shard_size)
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
@@ -148,7 +150,7 @@ class QueryService:
         Raises as ``run``, and NotFound for an id that the index's dataset does not hold.
         """
         index = indexes.resolve(self._registry, query.index)
-        asked = resolve(query, index, self._registry, self._storage)
+        asked = resolve(query, index, self._registry, self._direction)
         if asked.method == Method.PROJECTION_DIFFERENCE:
             detail = "A projection difference compares two texts: vector_filter has a share for every token of one."
             raise Invalid("no_token_shares", detail, param="method")
@@ -176,6 +178,10 @@ class QueryService:
             shard_size=self._shard_size,
         )
         return self._jobs.submit_once(key, JobKind.TOKEN_SHARES, spec)
+
+    def _direction(self, concept: ConceptRecord) -> F32:
+        """v̂, read and checked once: what a hash names does not change."""
+        return self._directions.get(concept.sha256, lambda: concepts.direction(self._storage, concept))
 
     def _mask(self, query: Query, index: IndexRecord, found: Matched, rows: Rows) -> Mask | None:
         """Rows that the filter keeps and that were not deleted."""

@@ -1,5 +1,6 @@
 """What a user asks of an index, and its names resolved to records, directions and numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +12,10 @@ from service.filters import Filter
 from service.matching import DIRECT, Asked
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.rows import F32
-from service.storage import Storage, sha256_bytes
+from service.storage import sha256_bytes
 from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
+
+Direction = Callable[[ConceptRecord], F32]  # where the v̂ of a registered concept is read
 
 INLINE = "inline"  # id of a direction that came with the question
 
@@ -63,7 +66,7 @@ class Query:
     filter: Filter | None = None  # which examples are ranked
 
 
-def resolve(query: Query, index: IndexRecord, registry: Registry, storage: Storage) -> Asked:
+def resolve(query: Query, index: IndexRecord, registry: Registry, direction: Direction) -> Asked:
     """Names to records; whether they belong together. Raises NotFound, and Invalid naming the field."""
     _check_used(query)
     query_set = None
@@ -71,12 +74,14 @@ def resolve(query: Query, index: IndexRecord, registry: Registry, storage: Stora
         query_set = registry.get(DATASETS, query.query_set, param="query_set")
     concept, vector = None, None
     if query.method != Method.INFLUENCE_FUNCTION:
-        concept, vector = _direction(query, index, registry, storage)
+        concept, vector = _direction(query, index, registry, direction)
     function = query.concept_function or ConceptFunction.DOT
     return Asked(query.method, concept, vector, query_set, function, query.damping, query.through)
 
 
-def _direction(query: Query, index: IndexRecord, registry: Registry, storage: Storage) -> tuple[ConceptRecord, F32]:
+def _direction(
+    query: Query, index: IndexRecord, registry: Registry, direction: Direction
+) -> tuple[ConceptRecord, F32]:
     given = [name for name in ("concept", "concepts", "vector") if getattr(query, name) is not None]
     if len(given) != 1:
         named = " and ".join(given) if given else "none of them"
@@ -96,7 +101,7 @@ def _direction(query: Query, index: IndexRecord, registry: Registry, storage: St
         param = "concept" if query.concepts is None else f"concepts[{number}]"
         record = registry.get(CONCEPTS, one.id, param=param)
         concepts.check_fits(record, index, width, kind, param=param)
-        found.append((record, concepts.direction(storage, record)))
+        found.append((record, direction(record)))
     if query.concepts is None:
         return found[0]
     return _summed(found, wanted)

@@ -4,6 +4,7 @@ An Arrow file, each block compressed by itself. Which example a row is stands in
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from service import codec
-from service.cache import LoadingCache
 from service.contracts import Content, Example, Place
 
 PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
@@ -21,7 +21,6 @@ SCHEMA = pa.schema([("content", pa.string()), ("metadata", pa.string()), ("place
 _BLOCK_BYTES = 32 << 10
 _LEAST, _MOST = 4, 64  # rows
 _ROWS = b"whence.rows"
-_KEPT = 256  # decoded blocks
 
 
 @dataclass(frozen=True)
@@ -62,29 +61,36 @@ def table(data: bytes) -> pa.Table:
 
 
 class Texts:
-    """The file, compressed in memory; rows are decoded block by block, those last used are kept. Thread-safe."""
+    """The file, compressed in memory; the blocks that hold what is asked for are decoded. Thread-safe."""
 
     def __init__(self, data: bytes) -> None:
         self._buffer = pa.py_buffer(data)
-        self._rows = int(self._open().schema.metadata[_ROWS])
-        self._blocks: LoadingCache[pa.RecordBatch] = LoadingCache(_KEPT)
+        self._readers = threading.local()  # a reader's own state is not made for several threads
+        self._rows = int(self._reader().schema.metadata[_ROWS])
 
     def take(self, rows: Sequence[int]) -> list[Text]:
         """The texts of these rows, in this order."""
-        reader = self._open()  # a reader's own state is not made for several threads
+        reader = self._reader()
+        blocks = {number: reader.get_batch(number).columns for number in {row // self._rows for row in rows}}
         found = []
         for row in rows:
             number, within = divmod(row, self._rows)
-            block = self._blocks.get(number, lambda number=number: reader.get_batch(number))
-            content, metadata, places = (block.column(place)[within].as_py() for place in range(3))
+            content, metadata, places = blocks[number]
             found.append(
                 Text(
-                    codec.decode(Content, content),  # pyright: ignore[reportArgumentType]
-                    json.loads(metadata),
-                    tuple(Place(**place) for place in places),
+                    codec.decode(Content, content[within].as_py()),  # pyright: ignore[reportArgumentType]
+                    json.loads(metadata[within].as_py()),
+                    tuple([Place(place["file"], place["line"]) for place in places[within].as_py()]),
                 )
             )
         return found
+
+    def _reader(self) -> pa.RecordBatchFileReader:
+        reader = getattr(self._readers, "reader", None)
+        if reader is None:
+            reader = pa.ipc.open_file(self._buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
+            self._readers.reader = reader
+        return reader
 
     def table(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
@@ -92,6 +98,3 @@ class Texts:
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         with pa.ipc.open_file(self._buffer, options=options) as reader:
             return reader.read_all().replace_schema_metadata(None).select(list(names))
-
-    def _open(self) -> pa.RecordBatchFileReader:
-        return pa.ipc.open_file(self._buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
