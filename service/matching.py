@@ -11,7 +11,7 @@ from service.errors import Invalid
 from service.rows import F32
 from service.specs import IndexManifest, QueryGradientSpec
 from service.storage import Storage
-from service.terms import ConceptFunction, IndexKind, Method
+from service.terms import ConceptFunction, IndexKind, LongExamples, Method
 from service.work import ConceptObjective, Eigen, LossObjective
 
 DEFAULT_DAMPING = 1.0
@@ -247,7 +247,10 @@ def _coordinates(
         objective = ConceptObjective(
             concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector)), asked.function
         )
-    spec = replace(built, activation=None, influence=None, objective=objective)
+    rule = built.long_examples
+    if isinstance(objective, ConceptObjective) and rule == LongExamples.SPLIT_AND_SUM:
+        rule = LongExamples.TRUNCATE_RIGHT  # as the cached Jacobians: one question has one answer
+    spec = replace(built, activation=None, influence=None, objective=objective, long_examples=rule)
     key = codec.digest(["query", codec.to_plain(spec), asked.query_set.fingerprint])
     answered = artifacts.find_answer(storage, key, "query")
     if answered is None:

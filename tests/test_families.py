@@ -25,6 +25,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -62,6 +63,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     "gpt_neox": (GPTNeoXConfig, _SIZES | _IDS),
     "phi": (PhiConfig, _SIZES | {"num_key_value_heads": 2} | _IDS),
     "phi3": (Phi3Config, _SIZES | {"num_key_value_heads": 2} | _IDS),
+    "olmo, clipped in place": (OlmoConfig, _SIZES | {"num_key_value_heads": 2, "clip_qkv": 0.5} | _IDS),
     "gpt2": (
         GPT2Config,
         {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1},

@@ -1,6 +1,7 @@
 """Examples beyond the context: windows that count every target once and add up to one row."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.lab import Lab
 from service.contracts import Completion, Example, PlainText
 from service.datasets import example_id
-from service.terms import IndexKind, LongExamples, LossReduction, Pooling
+from service.terms import IndexKind, LongExamples, LossReduction, Method, Pooling
 from service.work import ActivationSpec, GradientSpec, PassSpec, Rademacher, Tracked
 from tests import tiny
 from workers import passes, readout
@@ -132,3 +134,41 @@ def test_a_line_of_a_hundred_thousand_tokens_is_indexed_whole():
     assert result.tokens == 100_000
     assert len(result.ids) == 1
     assert all(np.isfinite(rows).all() and rows.any() for rows in result.arrays.values())
+
+
+def test_a_question_about_long_query_examples_has_one_answer(tmp_path):
+    """From the Jacobian that a build has kept, or from a job for one concept: cut on the right in both."""
+    tokenizer = tiny.words()
+    train = [example(8, seed) for seed in range(30)]
+    long = [example(60, seed) for seed in range(100, 104)]
+    beginning = []
+    for one in long:
+        assert isinstance(one.content, Completion)
+        words = one.content.completion.split()[:13]  # 16 tokens with the three of the prompt
+        content = Completion(one.content.prompt, " ".join(words))
+        beginning.append(Example(example_id(content), content, {}, ()))
+    fitted = {"examples": 30, "seed": 0, "labels": "true", "positions": "targets"}
+    about = {"coordinates": 10**6, "max_length": 16, "curvature": fitted}
+    about |= {"long_examples": LongExamples.SPLIT_AND_SUM}
+    threads = torch.get_num_threads()
+    with Lab(tmp_path / "lab") as lab:
+        model = lab.model("m", Path(tiny.save(tmp_path / "m", "llama", tokenizer)))
+        for name, examples in {"d": train, "long": long, "beginning": beginning}.items():
+            lab.dataset(name, examples)
+        lab.concept("v", model, np.random.default_rng(0).standard_normal(tiny.WIDTH).astype(np.float32), layer=2)
+        kinds = ("gradient", "influence")
+        kept, _ = lab.build("kept", "m", "d", 2, kinds=kinds, query_sets=("long",), **about)
+        asked, _ = lab.build("asked", "m", "d", 2, kinds=("gradient",), **about)
+
+        def scores(index, query_set: str, **query) -> np.ndarray:
+            options = {"concept": "v", "through": IndexKind.GRADIENT} | query
+            return lab.scores(index, [one.id for one in train], query_set=query_set, **options)
+
+        expected = scores(kept, "long")
+        within = {"rtol": 1e-2, "atol": 1e-2 * np.abs(expected).max()}  # rows in float16, chosen in another basis
+        np.testing.assert_allclose(scores(asked, "long"), expected, **within)
+        np.testing.assert_allclose(scores(asked, "beginning"), expected, **within)
+        loss = {"concept": None, "through": None, "method": Method.INFLUENCE_FUNCTION}
+        whole, cut = (scores(asked, name, **loss) for name in ("long", "beginning"))
+        assert np.abs(whole - cut).max() > 0.1 * np.abs(whole).max()  # losses are added over the windows
+    torch.set_num_threads(threads)

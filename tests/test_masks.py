@@ -10,7 +10,7 @@ from service.errors import Invalid
 from service.terms import LongExamples, Pooling
 from tests import tiny
 from tests.tiny import as_bytes, chat
-from workers.masks import Tokens, UnrenderableError, fit, tokenise
+from workers.masks import Tokens, UnrenderableError, fit, last_answer_only, tokenise
 
 EVERY_CONTENT = {
     "text": PlainText("the cat sat on the mat"),
@@ -285,6 +285,55 @@ def test_a_chat_that_makes_the_template_fail_is_refused_by_it(template, failing)
     with pytest.raises(UnrenderableError) as refused:
         tokenise(chat("user: !", "assistant: b"), tokenizer)
     assert refused.value.code == "template_refuses"
+
+
+TWO_TURNS = chat("user: a", "assistant: the cat", "user: b", "assistant: the mat")
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (tiny.IN_PARTS, ["the thought", "the cat<|end|>", "the thought", "the mat<|end|>"]),
+        (tiny.IN_PARTS_AT_LAST, ["the cat<|end|>", "the thought", "the mat<|end|>"]),
+    ],
+    ids=["always", "at last"],
+)
+def test_the_last_answer_is_all_that_is_tagged_in_the_last_turn(template, answers):
+    tokenizer = tiny.byte_pairs(template)
+    tokens = tokenise(TWO_TURNS, tokenizer)
+    assert trained_on(TWO_TURNS, tokenizer) == "".join(answers)
+    last = last_answer_only(tokens)
+    assert as_bytes(tokenizer, tokens.ids[last.target]).decode() == "the thoughtthe mat<|end|>"
+    before = as_bytes(tokenizer, tokens.ids[: tokens.last_answer]).decode()
+    assert before.endswith("<|user|>b<|end|><|assistant|>")
+    pooled = np.flatnonzero(tokens.pooled(Pooling.LAST_PROMPT_TOKEN))
+    assert tokenizer.convert_ids_to_tokens(tokens.ids[pooled].tolist()) == ["<|assistant|>"]
+
+
+def test_parts_of_one_turn_need_no_other_to_compare_with():
+    tokenizer = tiny.byte_pairs(tiny.IN_PARTS)
+    tokens = tokenise(chat("assistant: the cat", "user: b"), tokenizer)
+    assert as_bytes(tokenizer, tokens.ids[last_answer_only(tokens).target]).decode() == "the thoughtthe cat<|end|>"
+
+
+def test_a_last_turn_without_a_tag_has_no_answer():
+    """Not that of the turn before."""
+    first_only = tiny.TAGGED.replace("{% if m.role == 'assistant' %}", "{% if loop.index0 == 1 %}")
+    tokens = tokenise(TWO_TURNS, tiny.byte_pairs(first_only))
+    assert tokens.target.any()
+    assert not last_answer_only(tokens).target.any()
+
+
+def test_parts_that_cannot_be_told_from_those_of_the_turn_before_are_refused():
+    """Rendered without its last turn, this template writes another beginning."""
+    counts = tiny.IN_PARTS.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}")
+    with pytest.raises(UnrenderableError) as refused:
+        tokenise(TWO_TURNS, tiny.byte_pairs(counts))
+    assert refused.value.code == "last_answer_unclear"
+    one_each = tiny.TAGGED.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}")
+    tokenizer = tiny.byte_pairs(one_each)
+    tokens = tokenise(TWO_TURNS, tokenizer)
+    assert as_bytes(tokenizer, tokens.ids[last_answer_only(tokens).target]).decode() == "the mat<|end|>"
 
 
 def test_a_template_that_only_speaks_of_generation_tags_has_none():

@@ -23,6 +23,7 @@ from service.terms import (
     LongExamples,
     LossReduction,
     Method,
+    Pooling,
     Projection,
 )
 from tests import tiny
@@ -77,7 +78,7 @@ class World:
             key=f"{index.id} {method} {sorted(query.items())} {len(ids)}".replace("/", ""),
             index=index.id,
             method=method,
-            concept=None if method == Method.INFLUENCE_FUNCTION else "v",
+            concept=None if method == Method.INFLUENCE_FUNCTION else query.get("concept", "v"),
             query_set="q" if needs else None,
             function=ConceptFunction.DOT,
             damping=query.get("damping"),
@@ -92,7 +93,7 @@ class World:
         method = query.get("method", Method.CONCEPT_INFLUENCE)
         about = {} if method == Method.VECTOR_FILTER else {"query_set": "q"}
         concept = {} if method == Method.INFLUENCE_FUNCTION else {"concept": "v"}
-        return self.lab.scores(index, ids, **concept, **about, **query)
+        return self.lab.scores(index, ids, **concept | about | query)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,31 @@ def test_what_is_not_in_the_index_has_no_shares(world):
     found = world.shares(index, ids)
     assert [len(one.texts) > 0 for one in found] == [True, False, True]
     assert found[0].score == pytest.approx(world.scores(index, ids)[0], rel=0.05)
+
+
+def test_what_another_section_has_set_aside_has_no_shares_either(world):
+    """Without an answer there is no loss, and damage leaves no finite state: neither is in the index."""
+    model = tiny.model("llama", vocab=len(TOKENIZER))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[TOKENIZER.convert_tokens_to_ids("question")] = float("nan")
+    folder = world.lab.storage.root + "-damaged"
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    record = world.lab.model("damaged", Path(folder))
+    world.lab.concept("w", record, V, layer=2)
+    silent, damaged = Completion("the cat ", ""), Completion("the question ", "sat on mat")
+    sane = [each for each in TRAIN if "question" not in str(each.content)][:8]
+    odd = [Example(example_id(content), content, {}, ()) for content in (silent, damaged)]
+    world.lab.dataset("odd", [*sane, *odd])
+    about = {"kinds": ("activation", "gradient"), "projection": Projection.RADEMACHER, "pooling": Pooling.ALL_MEAN}
+    index, _ = world.lab.build("odd", "damaged", "odd", 2, **about)
+    assert set(index.quarantine_reasons) == {"no_target", "not_finite"}
+    ids = [sane[0].id, odd[0].id, odd[1].id, sane[1].id]
+    found = world.shares(index, ids, method=Method.VECTOR_FILTER, concept="w")
+    assert [len(one.texts) > 0 for one in found] == [True, False, False, True]
+    assert [one.score for one in found[1:3]] == [0, 0]
+    expected = world.scores(index, [ids[0], ids[3]], method=Method.VECTOR_FILTER, concept="w")
+    np.testing.assert_allclose([found[0].score, found[3].score], expected, rtol=0.01)
 
 
 def test_a_projection_difference_has_none_and_says_what_has(world):

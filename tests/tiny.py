@@ -106,6 +106,14 @@ OPEN_TAGGED = _template("m.content", "m.content")
 _LATEST = "(m.content if loop.last else m.content.split('</think>')[-1]) + '<|end|>'"
 FORGETS_THOUGHTS = _template(_LATEST)  # as reasoning models do: earlier turns lose their <think> part
 FORGETS_THOUGHTS_TAGGED = _template(_LATEST, _LATEST)
+# Two parts of a turn, a mark that is no target between them; only the last message keeps the first part.
+_IN_PARTS = (
+    "{% if loop.last or not FORGETS %}"
+    "{% generation %}{{ 'the thought' }}{% endgeneration %}{{ '<|system|>' }}{% endif %}"
+    "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
+)
+_PARTS = TAGGED.replace("{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}", _IN_PARTS)
+IN_PARTS, IN_PARTS_AT_LAST = _PARTS.replace("FORGETS", "false"), _PARTS.replace("FORGETS", "true")
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ '<|system|>the cat<|end|>' }}{% endif %}"
     "{% for m in messages %}" + _HEAD + "{{ m.content + '<|end|>' }}{% endfor %}" + _PROMPT

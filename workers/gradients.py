@@ -54,16 +54,16 @@ def taps(modules: Mapping[str, nn.Module], *, forward: Forward, backward: Backwa
     """
 
     def attach(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
-                return
+                return None
             if inputs[0].ndim != 3:
                 detail = f"{name} gets inputs of shape {tuple(inputs[0].shape)}; (batch, tokens, width) is needed."
                 raise Invalid("unsupported_module", detail, param="model")
             kept = forward(name, inputs[0].detach())
             if output.requires_grad:
                 output.register_hook(lambda gradient: backward(name, kept, gradient))
-                return
+                return None
             output.requires_grad_(True)
 
             def at_leaf(leaf: Tensor) -> None:
@@ -72,6 +72,7 @@ def taps(modules: Mapping[str, nn.Module], *, forward: Forward, backward: Backwa
                 backward(name, kept, gradient)
 
             output.register_post_accumulate_grad_hook(at_leaf)
+            return output.clone()  # some models go on in place (OLMo clips q, k and v), which a leaf does not allow
 
         return hook
 

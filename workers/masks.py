@@ -212,11 +212,40 @@ def _templated(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast
     """Spans come from the generation tags when the template has them, else from rendering prefixes."""
     chat = [{"role": message.role, "content": message.content} for message in messages]
     text, spans = _render(chat, tokenizer)
-    if not _has_tags(tokenizer.get_chat_template()):
+    if _has_tags(tokenizer.get_chat_template()):
+        last = _last_turn(chat, text, spans, tokenizer)
+    else:
         spans = _prefix_spans(chat, text, tokenizer)
+        last = spans[-1:]
     ids, ends = _encode(tokenizer, text, special=False)  # the template writes its own BOS
-    answer = _first(_in_spans(ends, spans[-1:])) if spans else None
+    answer = _first(_in_spans(ends, last)) if spans else None
     return _tokens(tokenizer, ids, _in_spans(ends, spans), answer=answer)
+
+
+def _last_turn(
+    chat: list[dict[str, str]], text: str, spans: list[Span], tokenizer: PreTrainedTokenizerFast
+) -> list[Span]:
+    """Those of the spans that lie in the last assistant turn: a template may tag several parts of one (thoughts,
+    then what is said), or leave out a turn.
+
+    Raises UnrenderableError where nothing tells them from those of the turn before.
+    """
+    turns = [position for position, message in enumerate(chat) if message["role"] == "assistant"]
+    if len(turns) <= 1:
+        return spans
+    try:
+        before, _ = _render(chat[: turns[-1]], tokenizer)
+    except UnrenderableError:
+        before = None
+    if before is not None and text.startswith(before):
+        return [span for span in spans if span[0] >= len(before)]
+    if len(spans) == len(turns):  # one each
+        return spans[-1:]
+    raise UnrenderableError(
+        "last_answer_unclear",
+        f"The chat template tags {len(spans)} parts of {len(turns)} assistant turns and renders earlier turns "
+        "differently once more follow, so where the last answer begins cannot be told.",
+    )
 
 
 def _prefix_spans(chat: list[dict[str, str]], full: str, tokenizer: PreTrainedTokenizerFast) -> list[Span]:

@@ -26,14 +26,14 @@ def compute(
     found: Matched,
     examples: Sequence[str],
 ) -> int:
-    """Publish the shares under ``key``; the number of examples that have some: not those that were deleted. Raises
-    Invalid when the rows of this score are no sum over tokens.
+    """Publish the shares under ``key``; the number of examples that have some: not those that the index has set
+    aside or that were deleted. Raises Invalid when the rows of this score are no sum over tokens.
     """
-    deleted = tombstones.read(stages.storage, manifest.deleted)
+    held = _held(stages, manifest, set(examples) - set(tombstones.read(stages.storage, manifest.deleted)))
     each: dict[str, Share] = {}
     for part in parts:
         place = {item: row for row, item in enumerate(stages.ids(part))}
-        asked = [item for item in dict.fromkeys(examples) if item in place and item not in each.keys() | deleted]
+        asked = [item for item in dict.fromkeys(examples) if item in place and item in held - each.keys()]
         if asked:
             rows = [place[item] for item in asked]
             each |= dict(zip(asked, _shares(stages, manifest, model, found, (part, rows)), strict=True))
@@ -41,6 +41,16 @@ def compute(
     stages.context.check()
     artifacts.publish(stages.storage, key, {FILE: total}, answer=True)
     return int((total["lengths"] > 0).sum())
+
+
+def _held(stages: Stages, manifest: IndexManifest, wanted: set[str]) -> set[str]:
+    """Those of the examples that are indexed."""
+    held: set[str] = set()
+    for group in members.groups(stages.storage, manifest.sections):
+        held |= members.in_all(group) & wanted
+        if held == wanted:
+            break
+    return held
 
 
 def _shares(

@@ -119,7 +119,8 @@ def _of_activation(loaded: Loaded, work: TokenSharesWork, batch: Batch, v: Tenso
     assert layer is not None  # noqa: S101  (activations have one)
     with block_outputs(loaded.blocks, [layer], stop=True) as outputs, torch.no_grad():
         run_until(loaded.model, batch.ids)
-    return batch.pool_weight * (outputs[layer].float() @ v)
+    states = outputs[layer].float()  # with several GPUs, where the block is
+    return batch.pool_weight.to(states.device) * (states @ v.to(states.device))
 
 
 def _placed(side: Sides, index: Tensor | None, values: Tensor) -> Tensor:
