@@ -14,7 +14,7 @@ from redis import Redis
 
 from service import aliases, codec, datasets, keys, results, shards, tombstones
 from service.contracts import DatasetRecord, IndexRecord, Place, Quarantined
-from service.errors import Conflict, NotFound
+from service.errors import Conflict, DomainError, NotFound
 from service.registry import DATASETS, INDEXES, Registry
 from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
@@ -108,8 +108,10 @@ def publish(
 ) -> None:
     """Manifest last, then the record that makes the version visible.
 
-    Publishing the same again is no error; Conflict when the version holds something else.
+    Publishing the same again is no error; Conflict when the version holds something else. Raises DomainError when a
+    line of the sources is neither indexed, nor a duplicate, nor in quarantine under a reason.
     """
+    _accounted(record.id, manifest)
     folder = f"indexes/{record.id}"
     data = codec.encode(manifest).encode()
     if storage.exists(f"{folder}/{MANIFEST}") and storage.read(f"{folder}/{MANIFEST}") != data:
@@ -121,6 +123,18 @@ def publish(
     except Conflict:  # a paused holder of the job, or an earlier attempt, has published the same
         if registry.get(INDEXES, record.id).manifest_sha256 != record.manifest_sha256:
             raise
+
+
+def _accounted(index: str, manifest: IndexManifest) -> None:
+    counts, reasons = manifest.counts, sum(manifest.quarantine_reasons.values())
+    missing = counts.lines - counts.indexed - counts.duplicates - counts.quarantined
+    if missing or reasons != counts.quarantined:
+        raise DomainError(
+            "lines_unaccounted",
+            f"Index {index} would hold {counts.indexed} examples of {counts.lines} lines, with {counts.duplicates} "
+            f"duplicates and {counts.quarantined} in quarantine ({reasons} with a reason): {missing} lines are "
+            "unaccounted for. Nothing was published. This is a defect of Whence: please report it with the log.",
+        )
 
 
 def read_manifest(storage: Storage, record: IndexRecord) -> IndexManifest:

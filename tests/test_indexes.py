@@ -22,7 +22,7 @@ from service.contracts import (
     Point,
     Quarantined,
 )
-from service.errors import Conflict, Damaged, Invalid, NotFound
+from service.errors import Conflict, Damaged, DomainError, Invalid, NotFound
 from service.loading import IndexLoader, Rows
 from service.matching import Asked, Matched, match
 from service.redis_server import EmbeddedRedis, connect
@@ -124,6 +124,7 @@ class Shelf:
         created_at: str = "now",
         model: str = "m",
         sections: tuple[Section, ...] | None = None,
+        **about: object,
     ) -> IndexRecord:
         sections = sections or (self.section(),)
         shared = {
@@ -137,7 +138,7 @@ class Shelf:
             "points": (Point(model, "/m", "f"),),
             "counts": Counts(12, 9, 0, 3, 0),
             "quarantine_reasons": {"blank_line": 1, "empty_text": 1, "too_long": 1},
-        }
+        } | about
         record = IndexRecord(
             **shared,
             arrays=tuple(array for section in sections for array in section.arrays),
@@ -274,6 +275,24 @@ def test_a_published_version_is_never_replaced(shelf: Shelf, registry: Registry,
         shelf.publish("a", 1, model="other")
     assert indexes.read_manifest(storage, record) == before
     assert registry.all(INDEXES) == [record]
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"counts": Counts(12, 8, 0, 3, 0)},
+        {"counts": Counts(13, 9, 0, 3, 0)},
+        {"counts": Counts(12, 9, 1, 3, 0)},
+        {"counts": Counts(12, 9, 0, 3, 0), "quarantine_reasons": {"blank_line": 1, "empty_text": 1}},
+        {"counts": Counts(12, 8, 0, 4, 0)},
+    ],
+)
+def test_a_version_that_loses_a_line_is_not_published(shelf: Shelf, registry: Registry, about: dict) -> None:
+    with pytest.raises(DomainError) as refused:
+        shelf.publish("a", 1, **about)
+    assert refused.value.code == "lines_unaccounted"
+    assert registry.all(INDEXES) == []
+    assert not shelf.storage.exists("indexes/a@v1/manifest.json")
 
 
 def test_the_manifest_is_decided_by_the_inputs_alone(shelf: Shelf) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ from benchmarks.lab import Lab
 from service import codec, datasets, indexes, shards
 from service.contracts import Completion, Conversation, Example, IndexRecord, PlainText
 from service.datasets import Parsed
-from service.errors import Invalid, TooLarge
-from service.registry import DATASETS
+from service.errors import DomainError, Invalid, TooLarge
+from service.registry import DATASETS, INDEXES
 from service.storage import Storage
 from service.terms import IndexKind, LongExamples
 from tests import tiny
 from tests.data.make_messy import DUPLICATE, FILE, INDEXED, LIMIT, LINES, UNTRAINABLE, Line, chat, data
+from workers import passes
 
 NUMBER = {line.name: number for number, line in enumerate(LINES, start=1)}
 NAME = {number: name for name, number in NUMBER.items()}
@@ -336,6 +338,21 @@ def test_a_long_line_beside_the_answers_of_the_base(world: World, long_lines: di
         held = world.rows(index)[IndexKind.DIFFERENCE, 2]
         assert set(held) == {item.id for item in long_lines.values()} - set(told)
         assert all(np.isfinite(row).all() and row.any() for row in held.values())
+
+
+def test_a_pass_that_loses_an_example_without_a_word_publishes_nothing(world: World, monkeypatch) -> None:
+    run = passes.run
+
+    def losing(*about):
+        found = run(*about)
+        arrays = {info: rows[:-1] for info, rows in found.arrays.items()}
+        return replace(found, ids=found.ids[:-1], arrays=arrays)
+
+    monkeypatch.setattr(passes, "run", losing)
+    with pytest.raises(DomainError) as refused:
+        world.build("losing", "tagged", "messy", kinds=(IndexKind.ACTIVATION,), max_length=LIMIT - 1)
+    assert refused.value.code == "lines_unaccounted"
+    assert "losing@v1" not in {record.id for record in world.lab.registry.all(INDEXES)}
 
 
 def test_the_fidelity_of_split_examples_is_that_of_their_whole_rows(world: World) -> None:
