@@ -19,6 +19,7 @@ _KNOWN = frozenset(
         *("fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "loftq_config"),
     }
 )
+_STARTS = frozenset({"gaussian", "eva", "orthogonal"})  # those that leave the base's weights as they are
 _REASONS = {
     "use_dora": "DoRA rescales whole weights by a learnt magnitude: its gradient is not that of two linear maps",
     "modules_to_save": "whole layers were trained beside the LoRA, and embeddings and heads are never tracked",
@@ -46,7 +47,11 @@ def check(folder: Path, *, param: str) -> None:
         detail = f"{folder} is an adapter of type {kind}; LoRA is what is supported."
         raise Invalid("unsupported_adapter", detail, param=param)
     for name, value in config.items():
-        if name == "init_lora_weights" and isinstance(value, str) and value not in {"gaussian", "eva"}:
+        if name == "init_lora_weights" and isinstance(value, str) and value.lower() == "mica":
+            why = (
+                "half of its maps were frozen while it was trained (MiCA), and would be tracked as if they were not"
+            )
+        elif name == "init_lora_weights" and isinstance(value, str) and value not in _STARTS:
             why = f"its start ({value!r}) changed the base's own weights; convert it to a plain LoRA first"
         elif name in _KNOWN or name == "init_lora_weights" or not value or (name, value) == ("bias", "none"):
             continue

@@ -3,12 +3,13 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -236,6 +237,32 @@ def test_harmless_settings_are_accepted(world, tmp_path):
         "lora_dropout": 0.1,
     }
     adapters.check(edited(world, tmp_path / "edited", **changes), param="path")
+
+
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_accepted_and_merged(world, tmp_path, start):
+    settings = {"init_lora_weights": "gaussian" if start == "eva" else start, "r": 4, "lora_alpha": 6}
+    folder = lora(world.base, tmp_path / "lora", 5, **settings)  # eva would need data
+    path = folder / adapters.CONFIG
+    said = {"init_lora_weights": start} | ({"eva_config": asdict(EvaConfig())} if start == "eva" else {})
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    adapters.check(folder, param="path")
+    held = load_file(folder / adapters.WEIGHTS)
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    with torch.no_grad():
+        for name, A in held.items():
+            if ".lora_A." in name:
+                weight = base.get_submodule(name.split(".lora_A.")[0].removeprefix("base_model.model.")).weight
+                weight += 6 / 4 * held[name.replace(".lora_A.", ".lora_B.")] @ A
+    found = load(str(world.base), "float32", adapter=str(folder)).model.state_dict()
+    for name, expected in base.state_dict().items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "reason"), [("pissa_niter_4", "own weights"), ("mica", "frozen")])
+def test_a_start_that_does_more_is_refused_for_what_it_does(world, tmp_path, start, reason):
+    with pytest.raises(Invalid, match=reason):
+        adapters.check(edited(world, tmp_path / "edited", init_lora_weights=start), param="path")
 
 
 def test_another_kind_of_adapter_is_refused(world, tmp_path):
