@@ -1,9 +1,6 @@
 """Real conversations: the documented one-liner turns OpenAssistant trees into examples; all kinds index them."""
 
 import json
-import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,28 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lab import DEFAULTS, Lab
+from benchmarks import oasst
+from benchmarks.lab import Lab
 from service import indexes
-from service.datasets import parse
-from service.terms import IndexKind, LongExamples, Method
+from service.registry import MODELS
+from service.terms import Method
 
-REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
-TREES, LAYER = 12, 3
-ANSWERS = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0}
+TREES = 12  # of 100: the benchmark of the same name does them all
 
 
 @pytest.fixture(scope="module")
 def trees(shared_data: Path) -> list[str]:
-    return (shared_data / "oasst" / "en_100_tree.jsonl").read_text().splitlines()
-
-
-def convert(lines: list[str], folder: Path) -> bytes:
-    (folder / "en_100_tree.jsonl").write_text("\n".join(lines) + "\n")
-    found = re.search(r"```sh\n(python3 -c .*?en_100_tree\.jsonl > chat\.jsonl)\n```", REFERENCE, re.DOTALL)
-    assert found is not None
-    command = found[1].replace("python3", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True, cwd=folder)  # noqa: S602
-    return (folder / "chat.jsonl").read_bytes()
+    return oasst.read_trees(shared_data)
 
 
 def test_every_answer_of_the_trees_becomes_an_example_with_what_was_said_before(trees, tmp_path):
@@ -47,7 +34,7 @@ def test_every_answer_of_the_trees_becomes_an_example_with_what_was_said_before(
 
     for line in trees:
         visit(json.loads(line)["prompt"], ())
-    rows = [json.loads(line) for line in convert(trees, tmp_path).decode().splitlines()]
+    rows = [json.loads(line) for line in oasst.convert(trees, tmp_path).decode().splitlines()]
     assert [[message["content"] for message in row["messages"]] for row in rows] == expected
     assert len(rows) > 500
     for row in rows:
@@ -57,30 +44,17 @@ def test_every_answer_of_the_trees_becomes_an_example_with_what_was_said_before(
 
 def test_all_four_kinds_index_them_and_every_line_is_accounted_for(trees, tmp_path, shared_data):
     threads = torch.get_num_threads()
-    data = convert(trees[:TREES], tmp_path)
-    with (tmp_path / "chat.jsonl").open("rb") as stream:
-        parsed = parse(stream, "chat.jsonl", quarantine_malformed=False, max_bytes=1 << 26, max_line_bytes=1 << 22)
+    data = oasst.convert(trees[:TREES], tmp_path)
+    parsed = oasst.read_chat(tmp_path)
     assert parsed.lines == len(data.splitlines()) == len(parsed.examples) + parsed.duplicates
     lab = Lab(tmp_path / "lab", shard_size=32)
     try:
-        model = lab.model("stories", shared_data / "stories260k")
+        index = oasst.index(lab, shared_data, parsed, max_length=192, new_tokens=12, sample=32)
         examples = list(parsed.examples.values())
-        lab.dataset("chat", examples)
-        lab.dataset("questions", examples[:4])
-        lab.concept("v", model, np.random.default_rng(0).standard_normal(64).astype(np.float32), layer=LAYER)
-        kinds = (IndexKind.ACTIVATION, IndexKind.DIFFERENCE, IndexKind.GRADIENT, IndexKind.INFLUENCE)
-        index, _ = lab.build(
-            "chat",
-            "stories",
-            "chat",
-            LAYER,
-            kinds=kinds,
-            query_sets=("questions",),
-            answers=ANSWERS,
-            max_length=192,
-            long_examples=LongExamples.TRUNCATE_RIGHT,
-            curvature=DEFAULTS["curvature"] | {"examples": 32},
-        )
+        model = lab.registry.get(MODELS, "stories")
+        v = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+        lab.concept("v", model, v, layer=oasst.LAYER)
+        assert {array.kind for array in index.arrays} == set(oasst.KINDS)
         counts = index.counts
         assert counts.lines == counts.indexed + counts.duplicates + counts.quarantined
         assert 0 < counts.truncated <= counts.indexed
