@@ -12,7 +12,7 @@ from service.rows import F32
 from service.specs import IndexManifest, QueryGradientSpec
 from service.storage import Storage
 from service.terms import ConceptFunction, IndexKind, LongExamples, Method
-from service.work import ConceptObjective, Eigen, LossObjective
+from service.work import ConceptObjective, Eigen, LossObjective, identity
 
 DEFAULT_DAMPING = 1.0
 
@@ -251,7 +251,7 @@ def _coordinates(
     if isinstance(objective, ConceptObjective) and rule == LongExamples.SPLIT_AND_SUM:
         rule = LongExamples.TRUNCATE_RIGHT  # as the cached Jacobians: one question has one answer
     spec = replace(built, activation=None, influence=None, objective=objective, long_examples=rule)
-    key = codec.digest(["query", codec.to_plain(spec), asked.query_set.fingerprint])
+    key = codec.digest(["query", identity(spec), asked.query_set.fingerprint])
     answered = artifacts.find_answer(storage, key, "query")
     if answered is None:
         return Missing(key, QueryGradientSpec(key, index.id, index.model, asked.query_set.id, spec, shard_size))

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from service import codec
 from service.errors import Damaged, NotFound
 from service.storage import Storage, sha256_bytes
+from service.work import libraries
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,11 @@ def _replaced(storage: Storage, folder: str, name: str, manifest: M, mark: Mark 
     else:  # nothing says what it was but the files that are left
         left = set(storage.files(folder))
         recorded = {file: sha256_bytes(storage.read(f"{folder}/{file}")) for file in manifest.files if file in left}
-        if mark is not None and mark.versions is not None and dict(mark.versions) == dict(manifest.versions):
+        if (
+            mark is not None
+            and mark.versions is not None
+            and libraries(mark.versions) == libraries(manifest.versions)
+        ):
             recorded = dict(manifest.files) | recorded  # of what is gone without a trace: as good as it gets
     if other := sorted(file for file, sha256 in manifest.files.items() if recorded.get(file) != sha256):
         raise _differs(folder, name, other, manifest.versions, held.versions if held else None)

@@ -22,7 +22,17 @@ from service.errors import Damaged, NotFound
 from service.example_ids import Ids
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
-from service.work import DifferenceSpec, Location, PassSpec, ShardArray, ShardManifest, ShardRef, ShardWork, Task
+from service.work import (
+    DifferenceSpec,
+    Location,
+    PassSpec,
+    ShardArray,
+    ShardManifest,
+    ShardRef,
+    ShardWork,
+    Task,
+    identity,
+)
 
 MANIFEST = "shard.json"
 _IDS = b'"ids":"'
@@ -55,7 +65,7 @@ def cut(
     """
     return [
         Task(
-            key=codec.digest([codec.to_plain(spec), [ids[row] for row in rows[start : start + size]]]),
+            key=codec.digest([identity(spec), [ids[row] for row in rows[start : start + size]]]),
             title=f"shard {number} ({_span(rows[start : start + size])} of dataset {dataset.id!r})",
             work=spec,
             location=location,
@@ -68,7 +78,7 @@ def cut(
 
 def derived(work: ShardWork, title: str) -> Task:
     """A shard that is computed from other shards."""
-    return Task(key=codec.digest([codec.to_plain(work)]), title=title, work=work)
+    return Task(key=codec.digest([identity(work)]), title=title, work=work)
 
 
 def folder(key: str) -> str:

@@ -1,8 +1,8 @@
 """What workers are asked to do, and what they leave in storage.
 
-A *work* is everything that decides the bytes of its result except the examples; a *task* adds those and
-where the weights lie. Results are named by the hash of both, so a finished one is found again by every job
-that needs it: a resumed build, a rebuild, another query on the same data.
+A *work* is everything that decides its result except the examples; a *task* adds those and where the weights lie.
+Results are named by the hash of both, so a finished one is found again by every job that needs it: a resumed build,
+a rebuild, another query on the same data.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from service import codec
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
 from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, Lora, LossReduction, Pooling
 
+# Among the versions of a result: the padded tokens that its batches held at most, and whether memory made that so.
+BUDGET, LOWERED = "token_budget", "lowered_token_budget"
 FORMAT = 5  # of shards and artifacts; a change that alters their bytes raises it
 
 
@@ -25,7 +28,7 @@ class Reading:
     tokenizer_fingerprint: str
     max_length: int
     long_examples: LongExamples
-    token_budget: int  # padded tokens per batch
+    token_budget: int  # padded tokens per batch: in no name, see ``identity``
     dtype: str  # float32 | bfloat16 | float16
     lora: Lora = Lora.MERGED
 
@@ -379,6 +382,26 @@ ArtifactWork = (
 )
 ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec | CompactSpec
 Work = ShardWork | ArtifactWork
+
+
+def identity(work: Any) -> Any:
+    """What keys are hashes of: a work, or a part of one, as plain data without its token budget.
+
+    Rows depend on their batches by rounding only. Whoever lowers the budget after running out of memory finds all
+    that is done; what a result was computed with is in its versions.
+    """
+    return _without_budget(codec.to_plain(work))
+
+
+def libraries(versions: Mapping[str, str]) -> dict[str, str]:
+    """Of the versions of a result those of libraries and machine."""
+    return {name: said for name, said in versions.items() if name not in {BUDGET, LOWERED}}
+
+
+def _without_budget(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {name: _without_budget(value) for name, value in plain.items() if name != BUDGET}
+    return [_without_budget(value) for value in plain] if isinstance(plain, list) else plain
 
 
 # --- tasks and their results --------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.lab import DEFAULTS, Lab, Quiet
-from service import artifacts, codec
+from service import artifacts, codec, shards
 from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.planning import IndexRequest, plan_estimate
 from service.registry import DATASETS, MODELS
 from service.terms import ConceptFunction, LongExamples, Projection
-from service.work import NarrowWork, ScoutWork, Task, Tracked
+from service.work import BUDGET, NarrowWork, PassSpec, ScoutWork, Task, Tracked
 from tests import tiny
 from workers.build import Build
 from workers.estimates import probe
@@ -250,6 +250,30 @@ def test_scouts_in_groups_choose_the_same_eigenvectors(world: World) -> None:
         for about, sides in chosen[0].items():
             for side in ("out", "into"):
                 np.testing.assert_array_equal(other[about][side], sides[side])
+
+
+def test_a_lower_token_budget_finds_all_that_is_done(world: World) -> None:
+    """As after running out of memory: nothing is computed twice, for an index or for a question."""
+    lab, ids = world.lab, [example(number).id for number in range(150)]
+    lab.dataset("q2", [example(number) for number in range(1100, 1105)])
+    kinds = (*ALL, "difference")
+    options = {"kinds": kinds, "query_sets": ("q",), "projection_dim": 6, "curvature": FITTED, "coordinates": 500}
+    options["answers"] = {"temperature": 1.0, "max_new_tokens": 3, "seed": 0}
+    asked = {"concept": "v", "query_set": "q2", "through": "gradient"}
+    first, _ = lab.build("x", "tuned", "d", 2, **options)
+    expected = lab.scores(first, ids, **asked)
+    assert len(world.tasks) > 30
+    assert {task.work.token_budget for task in world.tasks if isinstance(task.work, PassSpec)} == {256}
+    world.tasks.clear()
+    lab.settings = replace_setting(lab.settings, token_budget=128)
+    second, _ = lab.build("x", "tuned", "d", 2, **options)
+    np.testing.assert_array_equal(lab.scores(second, ids, **asked), expected)
+    assert world.tasks == []
+    lab.dataset("more", [example(number) for number in range(2000, 2010)])
+    lab.build("new", "tuned", "more", 2, kinds=("activation",))
+    assert [task.work.token_budget for task in world.tasks] == [128]
+    shard = shards.read_manifest(lab.storage, world.tasks[0].key)
+    assert shard.versions[BUDGET] == "128"
 
 
 def replace_setting(settings, **changed):

@@ -15,8 +15,9 @@ from service.contracts import IndexRecord, JobRecord
 from service.errors import Damaged
 from service.registry import CONCEPTS, DATASETS, INDEXES
 from service.terms import JobKind
-from service.work import SumSpec
+from service.work import PassSpec, SumSpec
 from tests.whole import ASKED, Whole, broken
+from workers import passes
 from workers.actor import Worker
 
 
@@ -569,3 +570,40 @@ def test_a_result_without_a_trace_is_made_again_by_the_same_versions_only(
             with pytest.raises(Damaged):
                 again()
             assert storage.files(folder) == [results.MARK]
+
+
+def test_what_was_made_with_other_batches_is_made_with_those_again(
+    world: Whole, index: IndexRecord, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version may find results from before the token budget was lowered: its own job would round differently."""
+    settings = world.lab.settings
+    world.lab.settings = settings.model_copy(update={"token_budget": 16})
+    try:
+        later = world.build("lowered")
+    finally:
+        world.lab.settings = settings
+    found = indexes.read_manifest(world.storage, later)
+    assert found.sections == indexes.read_manifest(world.storage, index).sections  # nothing was made anew
+    before, budgets, run = world.everything(), set(), passes.run
+
+    def watched(loaded: Any, readout: Any, spec: PassSpec, examples: Any) -> passes.PassResult:
+        budgets.add(spec.token_budget)
+        return run(loaded, readout, spec, examples)
+
+    monkeypatch.setattr(passes, "run", watched)
+    for file in (file for name, file in files_of(world, later).items() if name.endswith(".npy")):
+        (world.root / file).unlink()
+        assert heal(world, later)["mended"] == [file]
+        assert is_whole(world, later, before), file
+    assert budgets == {settings.token_budget}
+    numbers = [file for file in before if file.startswith("artifacts/") and file.endswith(".safetensors")]
+    read_texts = {file for file in numbers if b"token_budget" in before[f"{file.rpartition('/')[0]}/artifact.json"]}
+    assert len(read_texts) > 10  # sums of the curvature, rows of J: behind what the version names
+    for file in read_texts | (set(numbers) & reachable(world, later)):
+        (world.root / file).unlink()
+    heal(world, later)
+    now = world.everything()
+    assert verify.verify(world.storage, later.id).damage == ()
+    assert len(read_texts & now.keys()) > 10  # others nothing had to be made of
+    assert all(now.get(file, data) == data for file, data in before.items())
+    assert before.keys() - now.keys() <= read_texts

@@ -4,18 +4,21 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import pyarrow as pa
 import ray
 import torch
 
-from service import artifacts, datasets, shards
+from service import artifacts, datasets, results, shards
 from service.contracts import DatasetRecord, Example
 from service.local_cache import CacheAt
 from service.models import check_fingerprints
 from service.storage import Storage
 from service.terms import Pooling
 from service.work import (
+    BUDGET,
+    LOWERED,
     Artifact,
     CompactSpec,
     DifferenceSpec,
@@ -28,6 +31,7 @@ from service.work import (
     SumSpec,
     Task,
     Tracked,
+    Work,
 )
 from workers import derive, differences, passes, readout, works
 from workers.estimates import probe
@@ -38,8 +42,6 @@ from workers.prepare import naming_memory
 from workers.works import answers
 
 log = logging.getLogger(__name__)
-
-LOWERED = "token_budget"  # among the versions of a result: lowered since memory ran out
 
 Manifest = ShardManifest | Artifact
 Computed = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec  # what compaction only copies
@@ -69,19 +71,20 @@ class Worker:
         """
         if (there := find(self._storage, task)) is not None:
             return there
+        task = self._as_before(task)
         if isinstance(task.work, CompactSpec):
-            return derive.compact(self._storage, task, task.work, self._versions())
+            return derive.compact(self._storage, task, task.work, self._versions(None))
         if isinstance(task.work, ShardWork):
             with naming_memory(task.title):
                 found = self._rows(task, task.work)
             return self._publish_shard(task, *found)
-        reading: Reading | None = getattr(task.work, "reading", None)
+        reading = _reading(task.work)
         with naming_memory(task.title):
             loaded = self._model(task.location, reading) if reading is not None else None
             tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
         if (there := find(self._storage, task)) is not None:  # somebody else was faster
             return there
-        return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions())
+        return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions(reading))
 
     def survey(
         self,
@@ -107,10 +110,30 @@ class Worker:
         loaded = self._model(trial.location, reading)
         return probe.measure(loaded, trial, self._read(trial.source.dataset, trial.source.rows))
 
-    def _versions(self) -> dict[str, str]:
-        """What stands behind a result, a smaller token budget than the one asked for included."""
-        found = self._loaded[1].memory.tokens if self._loaded else None
-        return passes.versions() | ({LOWERED: str(found)} if found else {})
+    def _versions(self, reading: Reading | None) -> dict[str, str]:
+        """What stands behind a result, and the token budget where texts were read for it."""
+        found = passes.versions()
+        if reading is not None and self._loaded is not None:
+            memory = self._loaded[1].memory
+            found[BUDGET] = str(memory.within(reading.token_budget))
+            if memory.tokens:
+                found[LOWERED] = str(memory.tokens)
+        return found
+
+    def _as_before(self, task: Task) -> Task:
+        """A damaged result is made again in batches of the size that it was made in: others round differently."""
+        work = task.work
+        if isinstance(work, PassSpec | DifferenceSpec):
+            shard = results.intact(self._storage, f"{shards.folder(task.key)}/{shards.MANIFEST}", ShardManifest)
+            return replace(task, work=shard.work) if shard is not None else task
+        reading = _reading(work)
+        if reading is not None and "reading" in {each.name for each in fields(work)}:
+            file = f"{artifacts.folder(task.key)}/{artifacts.MANIFEST}"
+            known = results.intact(self._storage, file, Artifact)
+            if known is not None and BUDGET in known.versions:
+                reading = replace(reading, token_budget=int(known.versions[BUDGET]))
+                return replace(task, work=replace(work, reading=reading))  # pyright: ignore[reportCallIssue]
+        return task
 
     def _rows(self, task: Task, work: Computed) -> tuple[PassResult, str]:
         """The rows of a shard, and how they are encoded."""
@@ -140,7 +163,7 @@ class Worker:
             quarantined=result.quarantined,
             long=result.long,
             tokens=result.tokens,
-            versions=self._versions(),
+            versions=self._versions(_reading(task.work)),
         )
 
     def _model(self, location: Location | None, reading: Reading) -> Loaded:
@@ -169,6 +192,11 @@ class Worker:
         if self._table is None or self._table[0] != record.fingerprint:
             self._table = (record.fingerprint, datasets.read_table(self._storage, record))
         return datasets.to_examples(self._table[1].take(list(rows)))
+
+
+def _reading(work: Work) -> Reading | None:
+    """How the work reads texts, when it does."""
+    return work if isinstance(work, Reading) else getattr(work, "reading", None)
 
 
 def find(storage: Storage, task: Task) -> Manifest | None:

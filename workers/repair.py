@@ -20,7 +20,7 @@ from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.verify import ARTIFACT, CONCEPT, DATASET, RECORD, SHARD, Damage, Report, verify
-from service.work import ShardManifest
+from service.work import ShardManifest, libraries
 
 R = TypeVar("R")
 
@@ -145,7 +145,7 @@ class Repair:
             return
         manifest = indexes.read_manifest(self._storage, record)
         of_shard = shards.read_manifest(self._storage, manifest.sections[0].shards[0].key)
-        built = Built(job.id, record.created_at, of_shard.versions, job.kind, job.spec)
+        built = Built(job.id, record.created_at, libraries(of_shard.versions), job.kind, job.spec)
         data = codec.seal(codec.canonical(codec.to_plain(built)).decode()).encode()
         self._storage.write(f"indexes/{self._index}/{indexes.BUILD}", data)
 

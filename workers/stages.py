@@ -20,6 +20,7 @@ from service.storage import Storage
 from service.terms import ConceptFunction, Pooling
 from service.work import (
     FORMAT,
+    LOWERED,
     AnswersWork,
     Artifact,
     ArtifactWork,
@@ -39,8 +40,9 @@ from service.work import (
     ShardWork,
     Task,
     Tracked,
+    identity,
 )
-from workers.actor import LOWERED, find
+from workers.actor import find
 from workers.eigenbasis import EIGEN, LAMBDA, modules
 from workers.pool import Pool
 
@@ -142,7 +144,7 @@ class Stages:
             if dataset is not None and dataset.id not in ids:
                 ids[dataset.id] = self.ids(dataset)
             read = [ids[dataset.id][row] for row in rows] if dataset is not None else []
-            key = codec.digest([FORMAT, type(work).__name__, codec.to_plain(work), read])
+            key = codec.digest([FORMAT, type(work).__name__, identity(work), read])
             title = f"{stage}, part {number + 1} of {len(works)}"
             tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
         return self.run(stage, tasks, unit=unit)
@@ -175,7 +177,7 @@ class Stages:
         """
         ids = self.ids(dataset)
         chosen = sample_rows(ids, spec.examples, spec.seed)
-        about = [codec.to_plain(each) for each in (reading, tracked, spec)]
+        about = [identity(each) for each in (reading, tracked, spec)]
         key = codec.digest([FORMAT, "curvature", *about, [ids[row] for row in chosen]])
         if self._is_there(key):
             return key
