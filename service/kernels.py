@@ -23,7 +23,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "
 
 
 @intrinsic
-def _single(_context: Any, half: Any) -> Any:
+def single(_context: Any, half: Any) -> Any:
     """The float32 of a float16 that is given by its bits: numba has no float16 on CPUs, LLVM does."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -38,7 +38,7 @@ def _one(rows: Any, query: Any, out: Any) -> None:
         row = rows[i]
         total = np.float32(0)
         for j in range(row.shape[0]):
-            total += _single(row[j]) * query[j]
+            total += single(row[j]) * query[j]
         out[i] = total
 
 
@@ -52,7 +52,7 @@ def _four(rows: Any, queries: Any, first: int, out: Any) -> None:
         a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
         c0 = c1 = c2 = c3 = e0 = e1 = e2 = e3 = np.float32(0)
         for j in range(d):
-            w, x, y, z = _single(a[j]), _single(b[j]), _single(c[j]), _single(e[j])
+            w, x, y, z = single(a[j]), single(b[j]), single(c[j]), single(e[j])
             k0, k1, k2, k3 = q0[j], q1[j], q2[j], q3[j]
             a0 += w * k0
             a1 += w * k1
@@ -78,7 +78,7 @@ def _four(rows: Any, queries: Any, first: int, out: Any) -> None:
         a = rows[i]
         a0 = a1 = a2 = a3 = np.float32(0)
         for j in range(d):
-            w = _single(a[j])
+            w = single(a[j])
             a0 += w * q0[j]
             a1 += w * q1[j]
             a2 += w * q2[j]

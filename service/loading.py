@@ -20,6 +20,7 @@ from service.example_ids import Finder, Ids
 from service.examples import Examples
 from service.registry import DATASETS, Registry, record_file
 from service.rows import F16, F32
+from service.screening import bytes_of
 from service.search import BLOCK_BYTES, Block, Mask, VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage
@@ -70,10 +71,11 @@ class Rows:
         examples: Callable[[], Examples],
         *,
         threads: int,
+        screened: bool = False,
     ) -> None:
         self._pieces = pieces
         self._examples = examples
-        self.index = VectorIndex.of([piece.block for piece in pieces], d, threads=threads)
+        self.index = VectorIndex.of([piece.block for piece in pieces], d, threads=threads, screened=screened)
         self.ids: Ids = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, "S64")
         self.alive: Mask | None = None  # None: all
         if deleted is not None and len(deleted):
@@ -173,7 +175,15 @@ class IndexLoader:
         if manifest.deleted is not None:
             held = artifacts.read(self._storage, artifacts.get(self._storage, manifest.deleted), DELETED)["ids"]
             deleted = np.ascontiguousarray(held).view("S64").reshape(-1)
-        return Rows(pieces, array.dims, deleted, lambda: self.examples(record), threads=self._threads)
+        blocks = [piece.block.n for piece in pieces]
+        return Rows(
+            pieces,
+            array.dims,
+            deleted,
+            lambda: self.examples(record),
+            threads=self._threads,
+            screened=sum(blocks) * 2 * array.dims + bytes_of(blocks, array.dims) <= self._most_bytes,
+        )
 
     def _check_memory(self, record: IndexRecord, array: ArrayInfo) -> None:
         needed = 2 * array.dims * record.counts.indexed

@@ -1,11 +1,14 @@
 """Exact inner-product search over stored rows: blocks of float16 in FAISS, searched side by side by a few threads.
 
 A scan runs at memory speed and its recall is that of float16 rounding; approximate indexes can lose a quarter of
-the true top 100 on inner products (docs/decisions/0003). One query is FAISS's; several at once, and the scores of
-all rows, are computed by ``service/kernels.py`` on the same memory (docs/decisions/0012). What ranks best is scored
-again in float64, so that an answer does not depend on who else asked at the same moment.
+the true top 100 on inner products (docs/decisions/0003). Blocks that are asked again are kept in 8 bits as well,
+which say of nearly all rows that they are none of the best (``service/screening.py``). Where they do not, one query
+is FAISS's; several at once, and the scores of all rows, are computed by ``service/kernels.py`` on the same memory
+(docs/decisions/0012). What ranks best is scored again in float64, so that answers depend neither on who else asked
+at the same moment nor on what is in memory.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +19,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from service import kernels
+from service import kernels, screening
 from service.errors import Invalid
+from service.int8 import some_dots
 from service.rows import F16, F32, I16, unpack
+from service.screening import Screen
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T")
@@ -28,6 +33,9 @@ BLOCK_BYTES = 128 << 20  # of float16 rows: large enough to be scanned at full s
 _HEADROOM = 8  # rows up to 2^8 times the typical size share the common scale
 _ALIGNED = 64  # rows begin at a cache line
 _NTOTAL = 8  # where FAISS writes the number of rows: behind its four letters and d
+_EXPONENTS = 60  # beyond which scores in float32 may leave its range
+_CROWD = 8  # where fewer rows than this stand against each of the k best, a screen narrows nothing down
+_PATIENCE = 64  # queries after which a screen that fails half of them is given up
 _MARGIN = 16  # more candidates than asked for: rounding to float32 may swap neighbours at the edge
 
 
@@ -37,6 +45,9 @@ class TopK:
 
     rows: NDArray[np.int64]
     scores: F32
+
+
+Found = tuple[NDArray[np.int64], F32]  # rows that may be among the best, in no order, and their scores
 
 
 class Block:
@@ -54,6 +65,9 @@ class Block:
         self.exponent = 0  # rows ≈ ``rows`` · 2^exponent
         self.outliers: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._outlier_rows: F32 = np.zeros((0, d), dtype=np.float32)
+        self._screen: Screen | None = None
+        self._screening = threading.Lock()
+        self._looks = self._lost = 0  # queries that the screen was asked, and those it could not narrow down
 
     @cached_property
     def _faiss(self) -> Any:
@@ -86,7 +100,37 @@ class Block:
             self.rows[below] = np.ldexp(self.rows[below], shift[below, None])
         return self
 
-    def search(self, query: F32, k: int, mask: Mask | None) -> tuple[NDArray[np.int64], F32]:
+    @property
+    def screenable(self) -> bool:
+        """Whether a screen would make this block faster."""
+        helps = self._lost <= self._looks // 2 or self._looks < _PATIENCE
+        return helps and abs(self.exponent) <= _EXPONENTS and screening.worthwhile(self.n, self.d)
+
+    def make_screen(self) -> None:
+        """Once, however many versions share the block."""
+        screening.warm()
+        with self._screening:
+            if self._screen is None and self.screenable:
+                self._screen = Screen(self.rows, outliers=self.outliers, exponent=self.exponent)
+
+    def narrowed(
+        self, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], bars: F32
+    ) -> list[Found] | None:
+        """``search`` for every query, by the screen; None: there is none, or none for so many candidates."""
+        screen = self._screen
+        if screen is None or _CROWD * max(ks) > self.n:
+            return None
+        found = screen.candidates(queries, ks, masks, bars)
+        self._looks += len(found)
+        self._lost += sum(one.rows is None for one in found)
+        if not self.screenable:
+            self._screen = None
+        return [
+            self.search(query, k, mask) if one.rows is None else (one.rows, self.some_scores(one.rows, query))
+            for query, k, mask, one in zip(queries, ks, masks, found, strict=True)
+        ]
+
+    def search(self, query: F32, k: int, mask: Mask | None) -> Found:
         """Candidates for the k best rows that ``mask`` (n,) allows, and their scores in float32; in no order."""
         faiss.omp_set_num_threads(1)  # of this thread: blocks run side by side instead
         wanted = min(k + len(self.outliers), self.n)
@@ -115,12 +159,24 @@ class Block:
         """⟨query, row⟩ in float64 from what is stored: the scores that answers hold."""
         found = np.ldexp(self.rows[rows].astype(np.float64) @ query.astype(np.float64), self.exponent)
         if len(self.outliers):
-            place = np.searchsorted(self.outliers, rows)
-            there = place < len(self.outliers)
-            there[there] = self.outliers[place[there]] == rows[there]
-            exact = self._outlier_rows[place[there]].astype(np.float64) @ query.astype(np.float64)
-            found[there] = exact
+            there, outliers = self._outliers_among(rows)
+            found[there] = outliers.astype(np.float64) @ query.astype(np.float64)
         return found
+
+    def some_scores(self, rows: NDArray[np.int64], query: F32) -> F32:
+        """Of some rows, (len(rows),), in float32."""
+        scores = self._scaled(some_dots(self.rows, rows, query))
+        if len(self.outliers):
+            there, outliers = self._outliers_among(rows)
+            scores[there] = outliers @ query
+        return scores
+
+    def _outliers_among(self, rows: NDArray[np.int64]) -> tuple[Mask, F32]:
+        """Which of the rows are outliers, and the numbers of those."""
+        place = np.searchsorted(self.outliers, rows)
+        there = place < len(self.outliers)
+        there[there] = self.outliers[place[there]] == rows[there]
+        return there, self._outlier_rows[place[there]]
 
     def take(self, rows: NDArray[np.int64]) -> F32:
         """Some rows in float32, (len(rows), d)."""
@@ -148,9 +204,7 @@ class Block:
             scores[self.outliers] = self._outlier_rows @ query
         return scores
 
-    def _with_outliers(
-        self, query: F32, rows: NDArray[np.int64], scores: F32, mask: Mask | None
-    ) -> tuple[NDArray[np.int64], F32]:
+    def _with_outliers(self, query: F32, rows: NDArray[np.int64], scores: F32, mask: Mask | None) -> Found:
         if not len(self.outliers):
             return rows, scores
         inliers = ~np.isin(rows, self.outliers)
@@ -162,77 +216,89 @@ class Block:
 class VectorIndex:
     """n rows of d numbers in blocks, immutable. Thread-safe; the GIL is released while it searches."""
 
-    def __init__(self, packed: F16, exponents: I16, *, threads: int) -> None:
-        """``packed`` (n, d) and ``exponents`` (n,) as ``service.rows.pack`` makes them."""
+    def __init__(self, packed: F16, exponents: I16, *, threads: int, screened: bool = False) -> None:
+        """``packed`` (n, d) and ``exponents`` (n,) as ``service.rows.pack`` makes them. ``screened``: the rows are
+        encoded in 8 bits as well, behind the first search.
+        """
         n, d = packed.shape
         made = []
         for start, stop in spans(n, d, threads):
             block = Block(stop - start, d)
             block.rows[:] = packed[start:stop]
             made.append(block.finish(exponents[start:stop]))
-        self._keep(made, d, threads)
+        self._keep(made, d, threads, screened)
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], d: int, *, threads: int) -> "VectorIndex":
+    def of(cls, blocks: Sequence[Block], d: int, *, threads: int, screened: bool = False) -> "VectorIndex":
         """Of finished blocks, which other versions of an index may share."""
         made = cls.__new__(cls)
-        made._keep(blocks, d, threads)
+        made._keep(blocks, d, threads, screened)
         return made
 
-    def _keep(self, blocks: Sequence[Block], d: int, threads: int) -> None:
+    def _keep(self, blocks: Sequence[Block], d: int, threads: int, screened: bool) -> None:
         self.d = d
         self.blocks = tuple(block for block in blocks if block.n)
         self._starts = np.cumsum([0, *(block.n for block in self.blocks)])
         self.n = int(self._starts[-1])
         self._threads = threads
+        self._screened = screened
+        self._to_screen = list(self.blocks) if screened else []
 
     @property
     def bytes(self) -> int:
-        return sum(block.bytes for block in self.blocks)
+        """Of memory, with what the screens take or will take."""
+        rows = sum(block.bytes for block in self.blocks)
+        return rows + (screening.bytes_of([block.n for block in self.blocks], self.d) if self._screened else 0)
+
+    def screen(self) -> None:
+        """Encode the rows in 8 bits now; otherwise that is done behind the first search."""
+        for block in self.blocks:
+            block.make_screen()
+        self._to_screen = []
 
     def search(self, query: F32, k: int, mask: Mask | None = None) -> TopK:
         """The k rows with the largest ⟨query, row⟩ among those that ``mask`` (n,) allows; ``query`` (d,) finite."""
-        query = self._check(query)
-        k = min(k, self.n)
-        if k <= 0:
-            return _NOTHING
-        wanted = k + _MARGIN
-
-        def one(number: int) -> tuple[NDArray[np.int64], F32]:
-            rows, scores = self.blocks[number].search(query, wanted, self._part(mask, number))
-            return rows + self._starts[number], scores
-
-        found = self._each(one, range(len(self.blocks)))
-        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return self._ranked(query, rows, scores, k)
+        return self.search_many([query], [k], [mask])[0]
 
     def search_many(
         self, queries: Sequence[F32], ks: Sequence[int], masks: Sequence[Mask | None] | None = None
     ) -> list[TopK]:
         """``search`` for several queries in one pass over the rows."""
         masks = masks or [None] * len(queries)
-        if len(queries) == 1:
-            return [self.search(queries[0], ks[0], masks[0])]
-        together = np.stack([self._check(query) for query in queries])
-        wanted = [min(k, self.n) + _MARGIN for k in ks]
+        ks = [min(k, self.n) for k in ks]
+        asked = [number for number, k in enumerate(ks) if k > 0]
+        answers = [_NOTHING] * len(queries)
+        if not asked:
+            return answers
+        together = np.stack([self._check(queries[number]) for number in asked])
+        wanted = [ks[number] + _MARGIN for number in asked]
         # The k-th best so far: rows below it need no second look. Threads may read an older one, which is lower.
-        least = np.full(len(queries), -np.inf, dtype=np.float32)
+        least = np.full(len(asked), -np.inf, dtype=np.float32)
 
-        def one(number: int) -> list[tuple[NDArray[np.int64], F32]]:
-            scores = self.blocks[number].many_scores(together)
-            return [
-                self._candidates(scores[asked], number, masks[asked], wanted[asked], least, asked)
-                for asked in range(len(queries))
-            ]
+        def one(number: int) -> list[Found]:
+            parts = [self._part(masks[each], number) for each in asked]
+            found = self._of_block(self.blocks[number], together, wanted, parts, least)
+            return [(rows + self._starts[number], scores) for rows, scores in found]
 
         found = self._each(one, range(len(self.blocks)))
-        answers = []
-        for asked, query in enumerate(together):
-            parts = [of_block[asked] for of_block in found]
-            rows, scores = (np.concatenate(each) for each in zip(*parts, strict=True)) if parts else ((), ())
-            k = min(ks[asked], self.n)
-            answers.append(self._ranked(query, np.asarray(rows, np.int64), np.asarray(scores), k))
+        for place, number in enumerate(asked):
+            rows, scores = (np.concatenate(each) for each in zip(*(of[place] for of in found), strict=True))
+            answers[number] = self._ranked(together[place], rows, scores, ks[number])
+        for block in self._to_screen:
+            _behind().submit(block.make_screen)
+        self._to_screen = []
         return answers
+
+    def _of_block(
+        self, block: Block, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], least: F32
+    ) -> list[Found]:
+        """Of every query the rows of a block that may be among its k best of all."""
+        if (found := block.narrowed(queries, ks, masks, least)) is not None:
+            return found
+        if len(queries) == 1:
+            return [block.search(queries[0], ks[0], masks[0])]
+        scores = block.many_scores(queries)
+        return [_best(scores[at], ks[at], mask, least, at) for at, mask in enumerate(masks)]
 
     def scores(self, query: F32) -> F32:
         """⟨query, row⟩ of every row, (n,) float32: one pass over the rows."""
@@ -253,22 +319,6 @@ class VectorIndex:
         for number, at in self._by_block(rows):
             blocks.append(self.blocks[number].excerpt(rows[at] - self._starts[number]))
         return VectorIndex.of(blocks, self.d, threads=self._threads)
-
-    def _candidates(
-        self, scores: F32, number: int, mask: Mask | None, k: int, least: F32, asked: int
-    ) -> tuple[NDArray[np.int64], F32]:
-        """At most k rows of a block that may be among the k best of all."""
-        allowed = scores >= least[asked]
-        if mask is not None:
-            allowed &= self._part(mask, number)
-        rows = np.flatnonzero(allowed)
-        values = scores[rows]
-        if len(rows) > k:
-            best = np.argpartition(-values, k - 1)[:k]
-            rows, values = rows[best], values[best]
-        if len(rows) == k:
-            least[asked] = max(least[asked], values.min())
-        return rows + self._starts[number], values
 
     def _ranked(self, query: F32, rows: NDArray[np.int64], scores: F32, k: int) -> TopK:
         """The k best of the candidates by their float64 scores; of equal ones the first row."""
@@ -300,6 +350,21 @@ class VectorIndex:
         return np.ascontiguousarray(query, dtype=np.float32)
 
 
+def _best(scores: F32, k: int, mask: Mask | None, least: F32, asked: int) -> Found:
+    """At most k rows of a block that may be among the k best of all; raises ``least``."""
+    allowed = scores >= least[asked]
+    if mask is not None:
+        allowed &= mask
+    rows = np.flatnonzero(allowed)
+    values = scores[rows]
+    if len(rows) > k:
+        best = np.argpartition(-values, k - 1)[:k]
+        rows, values = rows[best], values[best]
+    if len(rows) == k:
+        least[asked] = max(least[asked], values.min())
+    return rows, values
+
+
 _NOTHING = TopK(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 
@@ -320,6 +385,12 @@ def _faiss_head(n: int, d: int) -> NDArray[np.uint8]:
 def pool(threads: int) -> ThreadPoolExecutor:
     """The threads that all searches of this process share: blocks of queries at once take turns."""
     return ThreadPoolExecutor(threads, thread_name_prefix="search")
+
+
+@cache
+def _behind() -> ThreadPoolExecutor:
+    """The thread that encodes rows while others search."""
+    return ThreadPoolExecutor(1, thread_name_prefix="screen")
 
 
 def spans(n: int, d: int, threads: int = 1) -> list[tuple[int, int]]:

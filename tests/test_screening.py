@@ -1,0 +1,254 @@
+"""Bounds from 8-bit rows lose no row, and a search that uses them answers like one that does not."""
+
+import time
+from functools import cache
+
+import numpy as np
+import pytest
+
+from service import int8, screening, search
+from service.rows import pack
+from service.screening import Screen
+from service.search import Mask, VectorIndex
+
+NONE = np.zeros(0, dtype=np.int64)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def heavy(seed: int, n: int, d: int) -> np.ndarray:
+    """Rows with a few numbers far above the others."""
+    return np.random.default_rng(seed).standard_t(2.5, size=(n, d)).clip(-200, 200).astype(np.float32)
+
+
+def massive(seed: int, n: int, d: int) -> np.ndarray:
+    """As activations are: two dimensions a thousand times the size of the others."""
+    rows = normal(seed, n, d)
+    rows[:, :2] *= 1000
+    return rows
+
+
+def alike(seed: int, n: int, d: int) -> np.ndarray:
+    """Rows that differ by less than 8 bits can tell."""
+    return normal(seed, 1, d) + 1e-4 * normal(seed + 1, n, d)
+
+
+def sparse(seed: int, n: int, d: int) -> np.ndarray:
+    rows = normal(seed, n, d)
+    rows[np.random.default_rng(seed).random((n, d)) < 0.95] = 0
+    rows[:3] = 0
+    return rows
+
+
+KINDS = {made.__name__: made for made in (normal, heavy, massive, alike, sparse)}
+
+
+def candidates(
+    rows: np.ndarray, queries: np.ndarray, ks: list[int], masks: list[Mask | None], exponent: int = 0
+) -> list[np.ndarray | None]:
+    screen = Screen(rows.astype(np.float16), outliers=NONE, exponent=exponent)
+    bars = np.full(len(queries), -np.inf, dtype=np.float32)
+    return [found.rows for found in screen.candidates(queries, ks, masks, bars)]
+
+
+def holds_the_best(
+    found: np.ndarray | None, rows: np.ndarray, query: np.ndarray, k: int, mask: Mask | None
+) -> None:
+    exact = rows.astype(np.float16).astype(np.float64) @ query.astype(np.float64)
+    if mask is not None:
+        exact[~mask] = -np.inf
+    best = np.argsort(-exact, kind="stable")[: min(k, len(rows) if mask is None else int(mask.sum()))]
+    assert found is not None
+    assert set(best.tolist()) <= set(found.tolist())
+    assert mask is None or mask[found].all()
+    assert len(set(found.tolist())) == len(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [1, 52, 64, 300])
+@pytest.mark.parametrize("n", [1, 3, 4, 1501])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_no_row_of_the_best_is_lost(kind: str, d: int, n: int, count: int) -> None:
+    rows, queries = KINDS[kind](n, n, d), normal(7, count, d)
+    queries[-1] = rows[0]
+    ks = [1, 10, 100, 3, 2000][:count]
+    masks: list[Mask | None] = [None, np.random.default_rng(3).random(n) < 0.3, None, np.zeros(n, bool), None]
+    found = candidates(rows, queries, ks, masks[:count])
+    for number, query in enumerate(queries):
+        holds_the_best(found[number], rows, query, ks[number], masks[number])
+
+
+@pytest.mark.parametrize("exponent", [-60, -8, 0, 8, 60])
+def test_bounds_hold_whatever_the_scale(exponent: int) -> None:
+    rows, query = normal(0, 3000, 64), normal(1, 64)
+    (found,) = candidates(rows, query[None], [10], [None], exponent)
+    holds_the_best(found, rows, query, 10, None)
+    assert found is not None
+    assert len(found) < 200
+
+
+def test_bars_are_in_the_units_of_scores() -> None:
+    """Else one block could not tell another what it has to beat."""
+    rows, query = normal(0, 3000, 64), normal(1, 64)
+    exact = rows.astype(np.float16).astype(np.float64) @ query
+    for exponent in (-8, 0, 16):
+        bars = np.full(1, -np.inf, dtype=np.float32)
+        Screen(rows.astype(np.float16), outliers=NONE, exponent=exponent).candidates(
+            query[None], [10], [None], bars
+        )
+        tenth = np.sort(exact)[-10] * 2.0**exponent
+        assert 0.8 * tenth < bars[0] <= tenth
+
+
+def test_most_rows_are_ruled_out() -> None:
+    rows, queries = normal(0, 20_000, 256), normal(1, 4, 256)
+    for found in candidates(rows, queries, [10] * 4, [None] * 4):
+        assert found is not None
+        assert len(found) < 400
+
+
+def test_massive_columns_do_not_blunt_the_bounds() -> None:
+    """A concept has nothing to do with them; with one scale for all columns nothing would be ruled out."""
+    rows, query = massive(0, 20_000, 256), normal(1, 256)
+    query[:2] = 0
+    (found,) = candidates(rows, query[None], [10], [None])
+    assert found is not None
+    assert len(found) < 1000
+
+
+def test_rows_that_look_alike_are_too_many() -> None:
+    assert candidates(alike(0, 20_000, 64), normal(1, 1, 64), [10], [None]) == [None]
+
+
+def test_a_zero_query_keeps_everything_or_says_that_it_cannot() -> None:
+    assert candidates(normal(0, 20_000, 64), np.zeros((1, 64), np.float32), [10], [None]) == [None]
+    (found,) = candidates(normal(0, 500, 64), np.zeros((1, 64), np.float32), [10], [None])
+    assert found is not None
+    assert len(found) == 500
+
+
+def test_outliers_are_looked_at_always_and_set_no_bar() -> None:
+    rows = normal(0, 4000, 64).astype(np.float16)
+    query = normal(1, 1, 64)
+    outliers = np.arange(0, 100)
+    rows[outliers] = 0
+    screen = Screen(rows, outliers=outliers, exponent=0)
+    for queries in (query, np.zeros_like(query)):
+        bars = np.full(1, -np.inf, dtype=np.float32)
+        (found,) = screen.candidates(queries, [50], [None], bars)
+        assert found.rows is None or set(outliers.tolist()) <= set(found.rows.tolist())
+        exact = np.delete(rows.astype(np.float64) @ queries[0], outliers)
+        assert bars[0] <= np.sort(exact)[-50]
+
+
+@pytest.mark.parametrize("one_instruction", sorted({False, int8.VNNI}))
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sums_do_not_overflow_in_the_widest_rows(
+    one_instruction: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    using(monkeypatch, one_instruction=one_instruction)
+    d = int8.WIDEST
+    rows = np.ones((4, d), dtype=np.float16)
+    rows[1], rows[2, ::2], rows[3] = -1, -1, 0.5
+    queries = np.stack([np.ones(d), -np.ones(d), normal(0, d)])[:count].astype(np.float32)
+    for number, found in enumerate(candidates(rows, queries, [1] * count, [None] * count)):
+        best = int(np.argmax(rows.astype(np.float64) @ queries[number]))
+        assert found is not None
+        assert best in found.tolist()
+        assert number == 2 or found.tolist() == ([0] if number == 0 else [1])
+
+
+def using(monkeypatch: pytest.MonkeyPatch, *, one_instruction: bool) -> None:
+    chosen = int8.scan
+    monkeypatch.setattr(int8, "scan", lambda count: chosen(count, one_instruction=one_instruction))
+
+
+def test_any_processor_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = heavy(0, 2001, 100), normal(1, 3, 100)
+    found = candidates(rows, queries, [5, 50, 20], [None] * 3)
+    using(monkeypatch, one_instruction=False)
+    for ours, theirs in zip(found, candidates(rows, queries, [5, 50, 20], [None] * 3), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# --- in a search ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screens for blocks of 4,000 rows, which would not be worth it."""
+    monkeypatch.setattr(screening, "_LEAST", 1)
+    monkeypatch.setattr(search, "BLOCK_BYTES", 4000 * 2 * 64)
+
+
+@cache
+def uneven() -> np.ndarray:
+    """Rows of two scales, outliers that no common scale holds, zeros."""
+    rows = normal(0, 15_003, 64)
+    rows[::7] *= 100
+    rows[[5, 4003, 9999]] *= 1e6
+    rows[[6, 14_000]] *= -1e7
+    rows[[10, 11]] = 0
+    return rows
+
+
+def indexes(rows: np.ndarray, threads: int = 2) -> tuple[VectorIndex, VectorIndex]:
+    plain = VectorIndex(*pack(rows), threads=threads)
+    screened = VectorIndex(*pack(rows), threads=threads, screened=True)
+    screened.screen()
+    assert all(block._screen is not None for block in screened.blocks)
+    return plain, screened
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "uneven"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_answers_are_those_of_a_search_without_screens(kind: str, threads: int) -> None:
+    rows = uneven() if kind == "uneven" else KINDS[kind](5, 9_001, 64)
+    plain, screened = indexes(rows, threads)
+    queries, ks = [*normal(1, 4, 64), rows[7], -rows[6]], [1, 10, 100, 400, 5, 5]
+    some = np.random.default_rng(1).random(len(rows)) < 0.02
+    masks: list[Mask | None] = [None, some, None, ~some, None, None]
+    expected = [plain.search(query, k, mask) for query, k, mask in zip(queries, ks, masks, strict=True)]
+    alone = [screened.search(query, k, mask) for query, k, mask in zip(queries, ks, masks, strict=True)]
+    for found in (alone, screened.search_many(queries, ks, masks)):
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours.rows, theirs.rows)
+            np.testing.assert_array_equal(ours.scores, theirs.scores)
+
+
+def test_screens_are_made_behind_the_first_search_and_once_for_all_versions() -> None:
+    index = VectorIndex(*pack(normal(0, 9_000, 64)), threads=2, screened=True)
+    again = VectorIndex.of(index.blocks, 64, threads=2, screened=True)
+    query = normal(1, 64)
+    first = index.search(query, 10)
+    until = time.monotonic() + 30
+    while not all(block._screen for block in index.blocks) and time.monotonic() < until:
+        time.sleep(0.01)
+    made = [block._screen for block in index.blocks]
+    assert all(made)
+    again.screen()
+    assert [block._screen for block in again.blocks] == made
+    np.testing.assert_array_equal(again.search(query, 10).rows, first.rows)
+    assert index.bytes > VectorIndex.of(index.blocks, 64, threads=2).bytes
+
+
+def test_a_screen_that_rules_nothing_out_is_given_up() -> None:
+    rows = alike(0, 4_000, 64)
+    plain, screened = indexes(rows)
+    for seed in range(search._PATIENCE + 1):
+        query = normal(seed, 64)
+        np.testing.assert_array_equal(screened.search(query, 10).rows, plain.search(query, 10).rows)
+    assert all(block._screen is None and not block.screenable for block in screened.blocks)
+    screened.screen()
+    assert all(block._screen is None for block in screened.blocks)
+
+
+def test_narrow_rows_have_no_screen() -> None:
+    """Padding to 64 bytes and three numbers of their own would be read instead."""
+    assert not screening.worthwhile(1 << 20, 16)
+    assert screening.worthwhile(1 << 20, 52)
+    assert not screening.worthwhile(1 << 20, int8.WIDEST + 1)
+    assert screening.bytes_of([1000, 1000], 16) == 0
+    assert screening.bytes_of([1000, 1000], 64) == 2000 * (64 + 12)
