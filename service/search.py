@@ -34,7 +34,7 @@ _HEADROOM = 8  # rows up to 2^8 times the typical size share the common scale
 _ALIGNED = 64  # rows begin at a cache line
 _NTOTAL = 8  # where FAISS writes the number of rows: behind its four letters and d
 _EXPONENTS = 60  # beyond which scores in float32 may leave its range
-_CROWD = 8  # where fewer rows than this stand against each of the k best, a screen narrows nothing down
+_CROWD = 8  # a screen is of no use where more than every eighth row is wanted, or left by it
 _PATIENCE = 64  # queries after which a screen that fails half of them is given up
 _MARGIN = 16  # more candidates than asked for: rounding to float32 may swap neighbours at the edge
 
@@ -122,7 +122,7 @@ class Block:
             return None
         found = screen.candidates(queries, ks, masks, bars)
         self._looks += len(found)
-        self._lost += sum(one.rows is None for one in found)
+        self._lost += sum(one.rows is None or _CROWD * len(one.rows) > self.n for one in found)
         if not self.screenable:
             self._screen = None
         return [

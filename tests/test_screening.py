@@ -234,9 +234,10 @@ def test_screens_are_made_behind_the_first_search_and_once_for_all_versions() ->
     assert index.bytes > VectorIndex.of(index.blocks, 64, threads=2).bytes
 
 
-def test_a_screen_that_rules_nothing_out_is_given_up() -> None:
+@pytest.mark.parametrize("threads", [1, 2])  # more rows than candidates may be, and fewer
+def test_a_screen_that_rules_nothing_out_is_given_up(threads: int) -> None:
     rows = alike(0, 4_000, 64)
-    plain, screened = indexes(rows)
+    plain, screened = indexes(rows, threads)
     for seed in range(search._PATIENCE + 1):
         query = normal(seed, 64)
         np.testing.assert_array_equal(screened.search(query, 10).rows, plain.search(query, 10).rows)
