@@ -28,7 +28,7 @@ _HIGH, _LOW = 127, 64  # of a query's numbers: 128 · high + low, −64 ≤ low 
 _MOST = 128 * _HIGH - _LOW
 _ROUNDING = 2e-6  # of ‖q'‖ ‖x/c‖: more than float32 arithmetic loses on the way
 _NUMBERS = 12  # bytes of the three numbers that a row has beside its codes
-_LEAST = 1 << 20  # numbers of a block: smaller ones are scanned in no time
+_LEAST = 1 << 23  # numbers of a block: smaller ones are scanned in a millisecond
 _FACTOR, _SPARE = 4, 2048  # candidates that find room: so many for each of the k, and more
 
 

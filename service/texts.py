@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from pydantic_core import from_json
 
 from service import codec
 from service.contracts import Content, Example, Place
@@ -70,20 +71,28 @@ class Texts:
 
     def take(self, rows: Sequence[int]) -> list[Text]:
         """The texts of these rows, in this order."""
+        if not len(rows):
+            return []
         reader = self._reader()
-        blocks = {number: reader.get_batch(number).columns for number in {row // self._rows for row in rows}}
-        found = []
-        for row in rows:
-            number, within = divmod(row, self._rows)
-            content, metadata, places = blocks[number]
-            found.append(
-                Text(
-                    codec.decode(Content, content[within].as_py()),  # pyright: ignore[reportArgumentType]
-                    json.loads(metadata[within].as_py()),
-                    tuple([Place(place["file"], place["line"]) for place in places[within].as_py()]),
-                )
+        blocks = {number: reader.get_batch(number) for number in {row // self._rows for row in rows}}
+        # One table of the rows and then column by column: a third of the time that their values take one by one.
+        picked = [blocks[row // self._rows].slice(row % self._rows, 1) for row in rows]
+        content, metadata, places = (
+            column.chunk(0) for column in pa.Table.from_batches(picked).combine_chunks().columns
+        )
+        flat, offsets = places.flatten(), places.offsets.to_pylist()
+        at = list(map(Place, flat.field("file").to_pylist(), flat.field("line").to_pylist()))
+        first = offsets[0]
+        return [
+            Text(
+                codec.decode(Content, own),  # pyright: ignore[reportArgumentType]
+                from_json(about),
+                tuple(at[start - first : stop - first]),
             )
-        return found
+            for own, about, start, stop in zip(
+                content.to_pylist(), metadata.to_pylist(), offsets, offsets[1:], strict=False
+            )
+        ]
 
     def _reader(self) -> pa.RecordBatchFileReader:
         reader = getattr(self._readers, "reader", None)
