@@ -7,8 +7,8 @@ the cache. Ratios compare interleaved measurements of one run:
 * ``bandwidth_share``: the time in which as many threads read the index's rows once, over that of a search. One that
   looks at 8 bits first may be faster than that; ``scan_bandwidth_share`` counts the bytes that are read in fact.
 * ``speedup_vs_bergson_*``: against bergson 2.5.1 on the same 100,000 vectors (``make peers``).
-* ``cold_load_vs_read``: against reading and hashing the same files one after the other; ``cold_load_vs_threads``: with
-  as many threads as the server has.
+* ``cold_load_vs_read``: against reading and hashing the same files one after the other; ``cold_load_vs_threads``:
+  with as many threads as the server has.
 * ``append_vs_build``: against building an index of the appended examples alone (curvature and J cached in both).
 """
 
@@ -36,10 +36,10 @@ from benchmarks.append import append_vs_build
 from benchmarks.peers import run as peers
 from benchmarks.report import Report, parser
 from service import indexes, shards
+from service.blocks import BLOCK_BYTES
 from service.redis_server import connect
 from service.registry import DATASETS, INDEXES, Registry
 from service.screening import bytes_of
-from service.search import BLOCK_BYTES
 from service.storage import Storage
 
 THREADS = 2  # of a search, and of what it is compared with

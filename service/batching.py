@@ -8,8 +8,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from service.blocks import Mask
 from service.rows import F32
-from service.search import Mask, TopK, VectorIndex
+from service.search import TopK, VectorIndex
 
 _MOST = 32  # queries of one pass: beyond that a pass takes longer than its members would like to wait
 _GATHER_S = 0.003  # where others have just been asking at the same time

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from service import artifacts, indexes, shards
 from service.batching import Batcher
+from service.blocks import BLOCK_BYTES, Block, Mask
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, IndexRecord
 from service.errors import Damaged, NotFound, Unavailable
@@ -21,7 +22,7 @@ from service.examples import Examples
 from service.registry import DATASETS, Registry, record_file
 from service.rows import F16, F32
 from service.screening import bytes_of
-from service.search import BLOCK_BYTES, Block, Mask, VectorIndex
+from service.search import VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage
 from service.work import ShardManifest, ShardRef

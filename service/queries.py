@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import codec, concepts, damage, example_ids, indexes, token_shares
+from service.blocks import Mask
 from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
@@ -21,7 +22,7 @@ from service.paging import Page
 from service.questions import Query, resolve
 from service.registry import Registry
 from service.rows import F32
-from service.search import Mask, TopK
+from service.search import TopK
 from service.specs import TokenSharesSpec
 from service.storage import Storage
 from service.terms import JobKind, Method, Order

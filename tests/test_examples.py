@@ -409,8 +409,10 @@ def test_columns_that_arrow_has_cut_still_make_whole_blocks(monkeypatch: pytest.
     def cut(columns: dict[str, list[Any]], schema: pa.Schema) -> pa.Table:
         return pa.concat_tables([make(columns, schema).slice(0, 50), make(columns, schema).slice(50)])
 
-    monkeypatch.setattr(texts.pa, "Table", type("Cut", (), {"from_pydict": staticmethod(cut)}))
-    found = texts.Texts(texts.pack(items)).take(range(200))
+    with monkeypatch.context() as patched:
+        patched.setattr(texts.pa, "Table", type("Cut", (), {"from_pydict": staticmethod(cut)}))
+        packed = texts.pack(items)
+    found = texts.Texts(packed).take(range(200))
     assert [text.metadata["n"] for text in found] == list(range(200))
 
 

@@ -6,10 +6,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from service import int8, screening, search
-from service.rows import pack
+from service import blocks, int8, screening
+from service.blocks import Mask
+from service.rows import pack, unpack
 from service.screening import Screen
-from service.search import Mask, VectorIndex
+from service.search import VectorIndex
 
 NONE = np.zeros(0, dtype=np.int64)
 
@@ -180,7 +181,7 @@ def test_any_processor_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Screens for blocks of 4,000 rows, which would not be worth it."""
     monkeypatch.setattr(screening, "_LEAST", 1)
-    monkeypatch.setattr(search, "BLOCK_BYTES", 4000 * 2 * 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4000 * 2 * 64)
 
 
 @cache
@@ -218,6 +219,22 @@ def test_answers_are_those_of_a_search_without_screens(kind: str, threads: int) 
             np.testing.assert_array_equal(ours.scores, theirs.scores)
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e38])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_neither_tiny_nor_huge_numbers_lose_a_row(size: float, scale: float) -> None:
+    rows = normal(2, 9_000, 64) * np.float32(scale)
+    _, screened = indexes(rows)
+    query = normal(3, 64)
+    query /= np.abs(query).max()
+    expected = screened.search(query, 10).rows
+    scaled = (query * size).astype(np.float32)
+    exact = unpack(*pack(rows)).astype(np.float64) @ (scaled.astype(np.float64) / size)
+    for found in (screened.search(scaled, 10), screened.search_many([scaled, query], [10, 10])[0]):
+        np.testing.assert_array_equal(np.sort(found.rows), np.sort(np.argsort(-exact)[:10]))
+    if size > 1e-38:  # whose smallest numbers float32 rounds
+        np.testing.assert_array_equal(np.sort(expected), np.sort(np.argsort(-exact)[:10]))
+
+
 def test_screens_are_made_behind_the_first_search_and_once_for_all_versions() -> None:
     index = VectorIndex(*pack(normal(0, 9_000, 64)), threads=2, screened=True)
     again = VectorIndex.of(index.blocks, 64, threads=2, screened=True)
@@ -238,7 +255,7 @@ def test_screens_are_made_behind_the_first_search_and_once_for_all_versions() ->
 def test_a_screen_that_rules_nothing_out_is_given_up(threads: int) -> None:
     rows = alike(0, 4_000, 64)
     plain, screened = indexes(rows, threads)
-    for seed in range(search._PATIENCE + 1):
+    for seed in range(blocks.PATIENCE + 1):
         query = normal(seed, 64)
         np.testing.assert_array_equal(screened.search(query, 10).rows, plain.search(query, 10).rows)
     assert all(block._screen is None and not block.screenable for block in screened.blocks)

@@ -305,7 +305,7 @@ def test_many_searches_at_once_give_what_one_gives():
 @pytest.fixture(params=[1, 3, 7])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows of a block: every answer must be the same however rows are spread."""
-    monkeypatch.setattr("service.search.BLOCK_BYTES", request.param * 2 * 16 * 100)
+    monkeypatch.setattr("service.blocks.BLOCK_BYTES", request.param * 2 * 16 * 100)
     return request.param * 100
 
 
