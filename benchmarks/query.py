@@ -175,13 +175,20 @@ def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None
     report.add(f"http_p50_ms_{name}", statistics.median(http_ms), "as the client sees it")
     report.add(f"search_p50_ms_{name}", statistics.median(search_ms))
     if name == "1m":
-        overhead = statistics.median(http_ms) - statistics.median(search_ms)
-        report.add("http_overhead_ms", overhead, "client p50 less search p50")
+        _overhead(report, asker, queries)
         share, told = statistics.median(shares), f"of {reader.bandwidth():.0f} GB/s on {THREADS} threads"
         report.add("bandwidth_share", share, told)
         block = min(n, BLOCK_BYTES // (2 * asker.d))
         codes = bytes_of([block], asker.d) / (2 * block * asker.d) or 1.0
         report.add("scan_bandwidth_share", share * codes, f"reads {codes:.0%} of the rows' bytes")
+
+
+def _overhead(report: Report, asker: Asker, queries: int) -> None:
+    """What HTTP, texts and everything else but the search take, asked one after the other with nothing in between."""
+    asked = [asker.ask() for _ in range(queries)]
+    client = statistics.median(elapsed for elapsed, _ in asked)
+    search = statistics.median(answer["timing"]["search_ms"] for _, answer in asked)
+    report.add("http_overhead_ms", client - search, f"client p50 {client:.1f} less search p50 {search:.1f}")
 
 
 class _Reader:
