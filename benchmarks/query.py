@@ -184,7 +184,7 @@ def _size(report: Report, asker: Asker, n: int, name: str, queries: int) -> None
 
 
 def _overhead(report: Report, asker: Asker, queries: int) -> None:
-    """What HTTP, texts and everything else but the search take, asked one after the other with nothing in between."""
+    """What everything but the search takes, asked one after the other with nothing in between."""
     asked = [asker.ask() for _ in range(queries)]
     client = statistics.median(elapsed for elapsed, _ in asked)
     search = statistics.median(answer["timing"]["search_ms"] for _, answer in asked)
