@@ -13,7 +13,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -35,7 +35,10 @@ _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
-VNNI: bool = llvm.get_host_cpu_features().get("avx512vnni", False)  # products of bytes are one instruction here
+# Products of bytes are one instruction here, and numba was not told to compile for another processor.
+VNNI: bool = (
+    llvm.get_host_cpu_features().get("avx512vnni", False) and not config.CPU_NAME and not config.CPU_FEATURES
+)
 
 
 def _sum_products(builder: Any, total: Any, codes: Any, plane: Any, *, one_instruction: bool) -> Any:
@@ -205,15 +208,18 @@ def _encode(bits: Any, inverse: Any, codes: Any, scale: Any, slack: Any, size: A
             largest = value if value > largest else largest
         unit = largest / np.float32(127)
         back = np.float32(1) / unit if largest > 0 else np.float32(0)
-        missed = whole = np.float32(0)
+        missed = whole = 0.0
         for lane in range(codes.shape[1]):
             out, start = codes[i // TILE, lane, i % TILE], lane * LANES
+            some_missed = some_whole = np.float32(0)  # of 64; long sums in float32 lean to one side
             for j in range(min(LANES, d - start)):
                 code = np.rint(row[start + j] * back)
                 out[j] = np.uint8(np.int32(code) + np.int32(OFFSET))
                 rest = row[start + j] - code * unit
-                missed += rest * rest
-                whole += code * code
+                some_missed += rest * rest
+                some_whole += code * code
+            missed += np.float64(some_missed)
+            whole += np.float64(some_whole)
         scale[i], slack[i], size[i] = unit, np.sqrt(missed), np.sqrt(whole) * unit
 
 

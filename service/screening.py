@@ -119,10 +119,10 @@ class Screen:
         reach = np.linalg.norm(levelled, axis=1)
         blur = np.linalg.norm(levelled - t[:, None] * p, axis=1) + _ROUNDING * reach
         shift = int8.OFFSET * p.sum(axis=1).astype(np.int64)
+        scaled = [np.ldexp(each, self._exponent).astype(np.float32) for each in (t, reach, blur)]
+        step, reach, blur = scaled
         # ‖q'‖ of no query is 0, so that it may be multiplied with infinity
-        scaled = [np.ldexp(each, self._exponent) for each in (t, np.maximum(reach, 1e-30), blur)]
-        step, reach, blur = (each.astype(np.float32) for each in scaled)
-        return planes, shift, step, reach, blur
+        return planes, shift, step, np.maximum(reach, np.finfo(np.float32).tiny), blur
 
 
 def _width(d: int) -> int:

@@ -8,8 +8,10 @@ is FAISS's; several at once, and the scores of all rows, are computed by ``servi
 at the same moment nor on what is in memory.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -21,6 +23,8 @@ from service import blocks, screening
 from service.blocks import Block, Found, Mask
 from service.errors import Invalid
 from service.rows import F16, F32, I16
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,7 +114,7 @@ class VectorIndex:
             rows, scores = (np.concatenate(each) for each in zip(*(of[place] for of in found), strict=True))
             answers[number] = self._ranked(checked[number], rows, scores, ks[number])
         for block in self._to_screen:
-            _behind().submit(block.make_screen)
+            _screen_behind(block)
         self._to_screen = []
         return answers
 
@@ -147,8 +151,7 @@ class VectorIndex:
 
     def _ranked(self, query: F32, rows: NDArray[np.int64], scores: F32, k: int) -> TopK:
         """The k best of the candidates by their float64 scores; of equal ones the first row."""
-        if len(rows) > k + _MARGIN:
-            rows = rows[np.argpartition(-scores, k + _MARGIN - 1)[: k + _MARGIN]]
+        rows, _ = _cut(rows, scores, k + _MARGIN)
         exact = np.empty(len(rows), dtype=np.float64)
         for number, at in self._by_block(rows):
             exact[at] = self.blocks[number].rescore(rows[at] - self._starts[number], query)
@@ -181,6 +184,17 @@ def _near_one(query: F32) -> F32:
     return np.ldexp(query, -exponent)
 
 
+def _cut(rows: NDArray[np.int64], scores: F32, k: int) -> Found:
+    """The k best; of those that are equal at the edge the first rows, whoever found them."""
+    if len(rows) <= k:
+        return rows, scores
+    edge = np.partition(scores, len(scores) - k)[len(scores) - k]
+    above, equal = np.flatnonzero(scores > edge), np.flatnonzero(scores == edge)
+    first = equal[np.argsort(rows[equal])][: k - len(above)]
+    kept = np.concatenate([above, first])
+    return rows[kept], scores[kept]
+
+
 def _best(scores: F32, k: int, mask: Mask | None, least: F32, asked: int) -> Found:
     """At most k rows of a block that may be among the k best of all; raises ``least``."""
     allowed = scores >= least[asked]
@@ -188,9 +202,7 @@ def _best(scores: F32, k: int, mask: Mask | None, least: F32, asked: int) -> Fou
         allowed &= mask
     rows = np.flatnonzero(allowed)
     values = scores[rows]
-    if len(rows) > k:
-        best = np.argpartition(-values, k - 1)[:k]
-        rows, values = rows[best], values[best]
+    rows, values = _cut(rows, values, k)
     if len(rows) == k:
         least[asked] = max(least[asked], values.min())
     return rows, values
@@ -203,6 +215,17 @@ _NOTHING = TopK(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 def pool(threads: int) -> ThreadPoolExecutor:
     """The threads that all searches of this process share: blocks of queries at once take turns."""
     return ThreadPoolExecutor(threads, thread_name_prefix="search")
+
+
+def _screen_behind(block: Block) -> None:
+    def make() -> None:
+        try:
+            block.make_screen()
+        except Exception:  # searches do without, and nobody waits for this one's error
+            log.exception("%d rows of width %d could not be kept in 8 bits", block.n, block.d)
+
+    with suppress(RuntimeError):  # the process is ending: the answer is still good
+        _behind().submit(make)
 
 
 @cache

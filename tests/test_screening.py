@@ -130,18 +130,42 @@ def test_a_zero_query_keeps_everything_or_says_that_it_cannot() -> None:
     assert len(found) == 500
 
 
-def test_outliers_are_looked_at_always_and_set_no_bar() -> None:
+@pytest.mark.parametrize("exponent", [-60, -56, 0, 60])
+def test_outliers_are_looked_at_always_and_set_no_bar(exponent: int) -> None:
     rows = normal(0, 4000, 64).astype(np.float16)
-    query = normal(1, 1, 64)
     outliers = np.arange(0, 100)
     rows[outliers] = 0
-    screen = Screen(rows, outliers=outliers, exponent=0)
-    for queries in (query, np.zeros_like(query)):
-        bars = np.full(1, -np.inf, dtype=np.float32)
-        (found,) = screen.candidates(queries, [50], [None], bars)
-        assert found.rows is None or set(outliers.tolist()) <= set(found.rows.tolist())
-        exact = np.delete(rows.astype(np.float64) @ queries[0], outliers)
-        assert bars[0] <= np.sort(exact)[-50]
+    screen = Screen(rows, outliers=outliers, exponent=exponent)
+    query = normal(1, 1, 64)
+    bars = np.full(1, -np.inf, dtype=np.float32)
+    (found,) = screen.candidates(query, [50], [None], bars)
+    assert found.rows is not None
+    assert set(outliers.tolist()) <= set(found.rows.tolist())
+    exact = np.delete(rows.astype(np.float64) @ query[0], outliers) * 2.0**exponent
+    assert bars[0] <= np.sort(exact)[-50]
+
+
+@pytest.mark.parametrize("exponent", [-60, -56, 0, 60])
+def test_a_zero_query_loses_no_outlier(exponent: int) -> None:
+    rows = normal(0, 500, 64).astype(np.float16)
+    outliers = np.arange(0, 40)
+    rows[outliers] = 0
+    screen = Screen(rows, outliers=outliers, exponent=exponent)
+    bars = np.full(1, -np.inf, dtype=np.float32)
+    (found,) = screen.candidates(np.zeros((1, 64), np.float32), [10], [None], bars)
+    assert found.rows is not None
+    assert set(outliers.tolist()) <= set(found.rows.tolist())
+    assert bars[0] <= 0
+
+
+def test_what_the_widest_rows_miss_is_not_underestimated() -> None:
+    """A remainder that is the same everywhere: summed in float32 alone it came out 1.6e-5 too small."""
+    row = np.full((4, int8.WIDEST), 0.4, dtype=np.float16)
+    row[:, 0] = 127
+    codes = np.zeros((1, int8.WIDEST // int8.LANES, int8.TILE, int8.LANES), np.uint8)
+    _, slack, size = int8.encode(row, np.ones(int8.WIDEST, np.float32), codes)
+    np.testing.assert_allclose(slack, np.sqrt((int8.WIDEST - 1) * float(row[0, 1]) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(size, 127, rtol=1e-6)
 
 
 @pytest.mark.parametrize("one_instruction", sorted({False, int8.VNNI}))
@@ -217,6 +241,34 @@ def test_answers_are_those_of_a_search_without_screens(kind: str, threads: int) 
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours.rows, theirs.rows)
             np.testing.assert_array_equal(ours.scores, theirs.scores)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_of_equal_rows_the_first_are_found_by_every_way(threads: int) -> None:
+    rows = normal(0, 9_000, 64)
+    query = normal(1, 64)
+    same = np.sort(np.random.default_rng(2).choice(9_000, 300, replace=False))
+    rows[same] = 3 * query / np.linalg.norm(query) * 8
+    plain, screened = indexes(rows, threads)
+    for index in (plain, screened):
+        for found in (index.search(query, 10), index.search_many([query, normal(3, 64)], [10, 10])[0]):
+            np.testing.assert_array_equal(found.rows, same[:10])
+
+
+def test_a_screen_that_cannot_be_made_is_told_and_searches_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(screening, "warm", broken)
+    index = VectorIndex(*pack(normal(0, 9_000, 64)), threads=1, screened=True)
+    first = index.search(normal(1, 64), 10)
+    until = time.monotonic() + 30
+    while "no such instruction" not in caplog.text and time.monotonic() < until:
+        time.sleep(0.01)
+    assert "no such instruction" in caplog.text
+    np.testing.assert_array_equal(index.search(normal(1, 64), 10).rows, first.rows)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e38])
