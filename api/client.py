@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import httpx
@@ -19,6 +19,7 @@ import httpx
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from api.schemas_evidence import DirectionsOut, RerankOut
 from api.schemas_rankings import CompareOut, GroupsOut
+from api.transport import JobFailed, Transport, WhenceError, checked, if_match
 from service import codec
 from service.contracts import (
     AliasRecord,
@@ -40,42 +41,8 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class WhenceError(Exception):
-    """The server said no: ``code`` for programs, ``detail`` for people, ``param`` names the culprit."""
-
-    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
-        self.status = status
-        self.problem = dict(problem)
-        self.code = str(problem.get("code", "unknown"))
-        self.detail = str(problem.get("detail", ""))
-        self.param = problem.get("param")
-        super().__init__(f"{self.detail or self.code} [{self.code}]")
-
-
-class JobFailed(WhenceError):
-    """A job that was waited for did not succeed."""
-
-    def __init__(self, job: JobRecord) -> None:
-        self.job = job
-        cancelled = {"code": "cancelled", "detail": f"Job {job.id} was cancelled."}
-        super().__init__(200, job.error or cancelled)
-
-
-class Client:
-    """One connection pool to one server. Methods raise WhenceError, or httpx.TransportError without a server."""
-
-    def __init__(self, url: str = "http://127.0.0.1:8311", *, timeout_s: float = 60.0) -> None:
-        self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
+class Client(Transport):
+    """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------
 
@@ -302,7 +269,7 @@ class Client:
         """
         path, body = f"/v1/aliases/{name}", {"index": index}
         try:
-            found = self._call("PUT", path, json=body, headers=_if_match(if_revision))
+            found = self._call("PUT", path, json=body, headers=if_match(if_revision))
         except WhenceError as error:
             if not force or error.status != httpx.codes.PRECONDITION_REQUIRED:
                 raise
@@ -311,7 +278,7 @@ class Client:
 
     def remove_alias(self, name: str, *, if_revision: int | None = None, force: bool = False) -> None:
         """Take an alias away, from revision ``if_revision`` or with ``force``; the version it points at stays."""
-        self._send("DELETE", f"/v1/aliases/{name}", headers={"If-Match": "*"} if force else _if_match(if_revision))
+        self._send("DELETE", f"/v1/aliases/{name}", headers={"If-Match": "*"} if force else if_match(if_revision))
 
     def rebuild_registry(self) -> Rebuilt:
         """Fill Redis again from storage; how much there is of everything, and what is damaged."""
@@ -335,7 +302,7 @@ class Client:
         with self._http.stream("POST", "/v1/queries/scores", json=body, timeout=_SLOW) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
-                return codec.from_plain(JobRecord, _checked(response).json())
+                return codec.from_plain(JobRecord, checked(response).json())
             part = path.with_name(f".{path.name}.{uuid4().hex}")
             try:
                 with part.open("xb") as file:
@@ -432,29 +399,3 @@ class Client:
         """Whether the server can do its work; a degraded one answers as well."""
         response = self._http.get("/readyz")
         return Health.model_validate_json(response.content)
-
-    # --- plumbing -----------------------------------------------------------------------------------
-
-    def _items(self, path: str, kind: type[T]) -> list[T]:
-        return [codec.from_plain(kind, item) for item in self._call("GET", path)["items"]]
-
-    def _call(self, method: str, path: str, **options: Any) -> Any:
-        return self._send(method, path, **options).json()
-
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return _checked(self._http.request(method, path, **options))
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_error:
-        try:
-            problem = response.json()
-        except ValueError:
-            detail = f"{response.status_code} from {response.url}, no problem."
-            problem = {"code": "not_whence", "detail": detail}
-        raise WhenceError(response.status_code, problem)
-    return response
-
-
-def _if_match(revision: int | None) -> dict[str, str]:
-    return {} if revision is None else {"If-Match": f'"{revision}"'}

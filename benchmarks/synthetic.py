@@ -18,8 +18,9 @@ from service.errors import Conflict
 from service.registry import CONCEPTS, DATASETS, MODELS, Registry
 from service.specs import IndexManifest, Section
 from service.storage import Storage, sha256_bytes
+from service.tasks import ShardRef
 from service.terms import IndexKind, LongExamples, Pooling
-from service.work import ActivationSpec, Location, PassSpec, ShardRef
+from service.work import ActivationSpec, Location, PassSpec
 
 SHARD = 4096
 LAYER = 1

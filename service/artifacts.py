@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_safetensors
 from service import results
 from service.errors import Damaged, NotFound
 from service.storage import Storage, sha256_bytes
-from service.work import Artifact
+from service.tasks import Artifact
 
 Tensors = Mapping[str, NDArray[Any]]
 MANIFEST = "artifact.json"

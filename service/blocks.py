@@ -4,7 +4,6 @@ Rows of one block share a power of two, so that their products can be compared; 
 in float32 (docs/decisions/0012).
 """
 
-import logging
 import threading
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -17,11 +16,8 @@ from numpy.typing import NDArray
 from service import kernels, screening
 from service.int8 import some_dots
 from service.rows import F16, F32, I16, unpack
-from service.screening import Screen
+from service.screening import Mask, Screen
 
-log = logging.getLogger(__name__)
-
-Mask = NDArray[np.bool_]
 Found = tuple[NDArray[np.int64], F32]  # rows that may be among the best, in no order, and their scores
 
 BLOCK_BYTES = 128 << 20  # of float16 rows: large enough to be scanned at full speed, small enough to spread
@@ -30,7 +26,7 @@ _ALIGNED = 64  # rows begin at a cache line
 _NTOTAL = 8  # where FAISS writes the number of rows: behind its four letters and d
 _EXPONENTS = 60  # beyond which scores in float32 may leave its range
 _CROWD = 8  # a screen is of no use where more than every eighth row is wanted, or left by it
-PATIENCE = 64  # queries after which a screen that fails half of them is given up
+PATIENCE = 64  # queries in a row of which a screen may fail half before it is given up
 
 
 class Block:
@@ -50,7 +46,8 @@ class Block:
         self._outlier_rows: F32 = np.zeros((0, d), dtype=np.float32)
         self._screen: Screen | None = None
         self._screening = threading.Lock()
-        self._looks = self._lost = 0  # queries that the screen was asked, and those it could not narrow down
+        self._given_up = False
+        self._looks = self._lost = 0  # queries that the screen was asked lately, and those it did not narrow down
 
     @cached_property
     def _faiss(self) -> Any:
@@ -83,38 +80,45 @@ class Block:
             self.rows[below] = np.ldexp(self.rows[below], shift[below, None])
         return self
 
-    @property
-    def screenable(self) -> bool:
-        """Whether a screen would make this block faster."""
-        helps = self._lost <= self._looks // 2 or self._looks < PATIENCE
-        return helps and abs(self.exponent) <= _EXPONENTS and screening.worthwhile(self.n, self.d)
-
     def make_screen(self) -> None:
-        """Once, however many versions share the block. Without the memory for it searches do without."""
-        try:
-            screening.warm()
-            with self._screening:
-                if self._screen is None and self.screenable:
-                    self._screen = Screen(self.rows, outliers=self.outliers, exponent=self.exponent)
-        except MemoryError:
-            log.warning("No memory to keep %d rows of width %d in 8 bits", self.n, self.d)
+        """Once, however many versions share the block; not where it would not help, or has been given up."""
+        if abs(self.exponent) > _EXPONENTS or not screening.worthwhile(self.n, self.d):
+            return
+        screening.warm()
+        with self._screening:
+            if self._screen is None and not self._given_up:
+                self._screen = Screen(self.rows, outliers=self.outliers, exponent=self.exponent)
+
+    def give_up_screen(self) -> None:
+        """Have no screen from now on, nor its memory."""
+        with self._screening:
+            self._screen, self._given_up = None, True
 
     def narrowed(
         self, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], bars: F32
-    ) -> list[Found] | None:
-        """``search`` for every query, by the screen; None: there is none, or none for so many candidates."""
+    ) -> list[Found | None]:
+        """``search`` for every query, by the screen; None for those that it does not help.
+
+        ``bars`` (q,): scores that k rows are known to reach; raised by what is found here.
+        """
         screen = self._screen
-        if screen is None or _CROWD * max(ks) > self.n:
-            return None
-        found = screen.candidates(queries, ks, masks, bars)
+        few = [at for at, k in enumerate(ks) if _CROWD * k <= self.n]
+        answers: list[Found | None] = [None] * len(ks)
+        if screen is None or not few:
+            return answers
+        of_few = bars[few]
+        found = screen.candidates(queries[few], [ks[at] for at in few], [masks[at] for at in few], of_few)
+        bars[few] = np.maximum(bars[few], of_few)
+        for at, rows in zip(few, found, strict=True):
+            if rows is not None:
+                answers[at] = rows, self.some_scores(rows, queries[at])
         self._looks += len(found)
-        self._lost += sum(one.rows is None or _CROWD * len(one.rows) > self.n for one in found)
-        if not self.screenable:
-            self._screen = None
-        return [
-            self.search(query, k, mask) if one.rows is None else (one.rows, self.some_scores(one.rows, query))
-            for query, k, mask, one in zip(queries, ks, masks, found, strict=True)
-        ]
+        self._lost += sum(rows is None or _CROWD * len(rows) > self.n for rows in found)
+        if self._looks >= PATIENCE:
+            if 2 * self._lost > self._looks:
+                self.give_up_screen()
+            self._looks = self._lost = 0
+        return answers
 
     def search(self, query: F32, k: int, mask: Mask | None) -> Found:
         """Candidates for the k best rows that ``mask`` (n,) allows, and their scores in float32; in no order."""

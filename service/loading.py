@@ -25,7 +25,7 @@ from service.screening import bytes_of
 from service.search import VectorIndex
 from service.specs import IndexManifest
 from service.storage import Storage
-from service.work import ShardManifest, ShardRef
+from service.tasks import ShardManifest, ShardRef
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -177,13 +177,17 @@ class IndexLoader:
             held = artifacts.read(self._storage, artifacts.get(self._storage, manifest.deleted), DELETED)["ids"]
             deleted = np.ascontiguousarray(held).view("S64").reshape(-1)
         blocks = [piece.block.n for piece in pieces]
+        screened = sum(blocks) * 2 * array.dims + bytes_of(blocks, array.dims) <= self._most_bytes
+        if not screened:  # other versions may have made some that this one is not counted with
+            for piece in pieces:
+                piece.block.give_up_screen()
         return Rows(
             pieces,
             array.dims,
             deleted,
             lambda: self.examples(record),
             threads=self._threads,
-            screened=sum(blocks) * 2 * array.dims + bytes_of(blocks, array.dims) <= self._most_bytes,
+            screened=screened,
         )
 
     def _check_memory(self, record: IndexRecord, array: ArrayInfo) -> None:

@@ -11,8 +11,9 @@ from service.errors import Invalid
 from service.rows import F32
 from service.specs import IndexManifest, QueryGradientSpec
 from service.storage import Storage
+from service.tasks import identity
 from service.terms import ConceptFunction, IndexKind, LongExamples, Method
-from service.work import ConceptObjective, Eigen, LossObjective, identity
+from service.work import ConceptObjective, Eigen, LossObjective
 
 DEFAULT_DAMPING = 1.0
 

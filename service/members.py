@@ -7,7 +7,8 @@ from service import shards, tombstones
 from service.contracts import Quarantined
 from service.specs import IndexManifest, Section
 from service.storage import Storage
-from service.work import CompactSpec, ShardManifest, ShardRef, SumSpec
+from service.tasks import ShardManifest, ShardRef
+from service.work import CompactSpec, SumSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from service import codec
 from service.errors import Damaged, NotFound
 from service.storage import Storage, sha256_bytes
-from service.work import libraries
+from service.tasks import libraries
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from service.contracts import ArrayInfo
 from service.rows import F32
 from service.specs import IndexManifest
 from service.storage import Storage
-from service.work import ShardManifest
+from service.tasks import ShardManifest
 
 _ID = 64  # hex digits of an example id
 

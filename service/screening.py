@@ -12,7 +12,6 @@ traded (docs/decisions/0018).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -30,13 +29,6 @@ _ROUNDING = 2e-6  # of ‖q'‖ ‖x/c‖: more than float32 arithmetic loses on
 _NUMBERS = 12  # bytes of the three numbers that a row has beside its codes
 _LEAST = 1 << 23  # numbers of a block: smaller ones are scanned in a millisecond
 _FACTOR, _SPARE = 4, 2048  # candidates that find room: so many for each of the k, and more
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """``rows`` (m,) of a block that may be among a query's k best; None: too many to be worth a second look."""
-
-    rows: NDArray[np.int64] | None
 
 
 def worthwhile(n: int, d: int) -> bool:
@@ -66,8 +58,10 @@ class Screen:
 
     def candidates(
         self, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], bars: F32
-    ) -> list[Candidates]:
-        """Of each query (q, d) the rows that may be among its k best, of those that its mask (n,) allows.
+    ) -> list[NDArray[np.int64] | None]:
+        """Of each query (q, d) the rows (m,) that may be among its k best, of those that its mask (n,) allows.
+
+        None: they are too many to be worth a second look.
 
         ``bars`` (q,): scores that k rows are known to reach; raised by what is found here.
         """
@@ -100,8 +94,7 @@ class Screen:
             counts,
         )
         return [
-            Candidates(rows[at, :found].astype(np.int64) if found <= most else None)
-            for at, found in enumerate(counts.tolist())
+            rows[at, :found].astype(np.int64) if found <= most else None for at, found in enumerate(counts.tolist())
         ]
 
     def _rounded(self, queries: F32) -> tuple[int8.Planes, NDArray[np.int64], F32, F32, F32]:

@@ -9,6 +9,8 @@ at the same moment nor on what is in memory.
 """
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -69,7 +71,7 @@ class VectorIndex:
         self.n = int(self._starts[-1])
         self._threads = threads
         self._screened = screened
-        self._to_screen = list(self.blocks) if screened else []
+        self._to_screen: Sequence[Block] = self.blocks if screened else ()
 
     @property
     def bytes(self) -> int:
@@ -81,7 +83,7 @@ class VectorIndex:
         """Encode the rows in 8 bits now; otherwise that is done behind the first search."""
         for block in self.blocks:
             block.make_screen()
-        self._to_screen = []
+        self._to_screen = ()
 
     def search(self, query: F32, k: int, mask: Mask | None = None) -> TopK:
         """The k rows with the largest ⟨query, row⟩ among those that ``mask`` (n,) allows; ``query`` (d,) finite."""
@@ -113,21 +115,25 @@ class VectorIndex:
         for place, number in enumerate(asked):
             rows, scores = (np.concatenate(each) for each in zip(*(of[place] for of in found), strict=True))
             answers[number] = self._ranked(checked[number], rows, scores, ks[number])
-        for block in self._to_screen:
-            _screen_behind(block)
-        self._to_screen = []
+        waiting, self._to_screen = self._to_screen, ()
+        if waiting:
+            _screen_behind(waiting)
         return answers
 
     def _of_block(
         self, block: Block, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], least: F32
     ) -> list[Found]:
         """Of every query the rows of a block that may be among its k best of all."""
-        if (found := block.narrowed(queries, ks, masks, least)) is not None:
-            return found
-        if len(queries) == 1:
-            return [block.search(queries[0], ks[0], masks[0])]
-        scores = block.many_scores(queries)
-        return [_best(scores[at], ks[at], mask, least, at) for at, mask in enumerate(masks)]
+        found = block.narrowed(queries, ks, masks, least)
+        left = [at for at, one in enumerate(found) if one is None]
+        if len(left) == 1:
+            (at,) = left
+            found[at] = block.search(queries[at], ks[at], masks[at])
+        elif left:
+            scores = block.many_scores(queries[left])
+            for own, at in zip(scores, left, strict=True):
+                found[at] = _best(own, ks[at], masks[at], least, at)
+        return [one for one in found if one is not None]
 
     def scores(self, query: F32) -> F32:
         """⟨query, row⟩ of every row, (n,) float32: one pass over the rows."""
@@ -217,21 +223,26 @@ def pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="search")
 
 
-def _screen_behind(block: Block) -> None:
+_encoding = threading.Lock()  # one block at a time, whoever waits: searches want the processors
+
+
+def _screen_behind(waiting: Sequence[Block]) -> None:
+    """Make the screens of blocks while others search; of those that are still in memory when it is their turn."""
+    references = [weakref.ref(block) for block in waiting]
+
     def make() -> None:
-        try:
-            block.make_screen()
-        except Exception:  # searches do without, and nobody waits for this one's error
-            log.exception("%d rows of width %d could not be kept in 8 bits", block.n, block.d)
+        for reference in references:
+            with _encoding:
+                if (block := reference()) is None:
+                    continue
+                try:
+                    block.make_screen()
+                except Exception:  # searches do without, and nobody waits for this one's error
+                    log.exception("%d rows of width %d could not be kept in 8 bits", block.n, block.d)
+                    return
 
     with suppress(RuntimeError):  # the process is ending: the answer is still good
-        _behind().submit(make)
-
-
-@cache
-def _behind() -> ThreadPoolExecutor:
-    """The thread that encodes rows while others search."""
-    return ThreadPoolExecutor(1, thread_name_prefix="screen")
+        threading.Thread(target=make, name="screen", daemon=True).start()
 
 
 def spans(n: int, d: int, threads: int = 1) -> list[tuple[int, int]]:

@@ -22,17 +22,8 @@ from service.errors import Damaged, NotFound
 from service.example_ids import Ids
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
 from service.storage import Storage, sha256_bytes
-from service.work import (
-    DifferenceSpec,
-    Location,
-    PassSpec,
-    ShardArray,
-    ShardManifest,
-    ShardRef,
-    ShardWork,
-    Task,
-    identity,
-)
+from service.tasks import ShardArray, ShardManifest, ShardRef, Task, identity
+from service.work import DifferenceSpec, Location, PassSpec, ShardWork
 
 MANIFEST = "shard.json"
 _IDS = b'"ids":"'

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
-from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, ShardRef, Tracked
+from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
 ROWS_PER_SHARD = 65_536  # of a compacted index

@@ -19,17 +19,8 @@ from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Collection, re
 from service.results import read_sealed
 from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
-from service.work import (
-    Artifact,
-    CompactSpec,
-    DifferenceSpec,
-    Eigen,
-    PassSpec,
-    ReadOffSpec,
-    ShardManifest,
-    ShardWork,
-    SumSpec,
-)
+from service.tasks import Artifact, ShardManifest
+from service.work import CompactSpec, DifferenceSpec, Eigen, PassSpec, ReadOffSpec, ShardWork, SumSpec
 
 T = TypeVar("T")
 A = TypeVar("A")

@@ -21,8 +21,8 @@ from service.planning import ExtendRequest, plan_extension
 from service.queries import Answer, QueryService
 from service.questions import Query
 from service.registry import DATASETS, INDEXES
+from service.tasks import Task
 from service.terms import FactorLabels, FactorPositions, JobKind, JobState, Method, Order, Pooling
-from service.work import Task
 from tests import tiny
 
 LAYER, SHARD = 2, 8

@@ -12,8 +12,9 @@ from service.contracts import Completion, DatasetRecord, Example, Place
 from service.datasets import Parsed, example_id
 from service.errors import Conflict
 from service.storage import Storage
+from service.tasks import ShardManifest, Task
 from service.terms import LongExamples, Pooling
-from service.work import ActivationSpec, Location, PassSpec, ShardManifest, Task
+from service.work import ActivationSpec, Location, PassSpec
 from tests import tiny
 from workers.actor import Worker
 

@@ -12,8 +12,9 @@ from service import indexes, shards
 from service.contracts import Completion, Example, PlainText
 from service.datasets import example_id
 from service.errors import Invalid
+from service.tasks import Task
 from service.terms import IndexKind, Method, Pooling
-from service.work import AnswersWork, DifferenceSpec, Task
+from service.work import AnswersWork, DifferenceSpec
 from tests import tiny
 from workers.curvature import uniforms
 from workers.masks import tokenise

@@ -13,8 +13,9 @@ from service.contracts import Completion, Example
 from service.datasets import example_id
 from service.planning import IndexRequest, plan_estimate
 from service.registry import DATASETS, MODELS
+from service.tasks import BUDGET, Task
 from service.terms import ConceptFunction, LongExamples, Projection
-from service.work import BUDGET, NarrowWork, PassSpec, ScoutWork, Task, Tracked
+from service.work import NarrowWork, PassSpec, ScoutWork, Tracked
 from tests import tiny
 from workers.build import Build
 from workers.estimates import probe

@@ -30,8 +30,9 @@ from service.registry import DATASETS, INDEXES, Registry
 from service.rows import F32
 from service.specs import IndexManifest, Section
 from service.storage import Storage
+from service.tasks import ShardManifest, Task
 from service.terms import ConceptFunction, IndexKind, LongExamples, LossReduction, Method, Pooling
-from service.work import ActivationSpec, Location, PassSpec, ShardManifest, SumSpec, Task
+from service.work import ActivationSpec, Location, PassSpec, SumSpec
 
 D = 8
 LAYERS = (1, 3)

@@ -31,6 +31,7 @@ from service.planning import ExtendRequest, IndexRequest, plan_extension, plan_i
 from service.queries import Answer, QueryService
 from service.questions import Query
 from service.registry import CONCEPTS, DATASETS, INDEXES
+from service.tasks import Task
 from service.terms import (
     Checkpoints,
     ConceptFunction,
@@ -44,7 +45,7 @@ from service.terms import (
     Order,
     Pooling,
 )
-from service.work import CurvatureSpec, Location, LossRowsWork, PassSpec, Reading, Task, Tracked
+from service.work import CurvatureSpec, Location, LossRowsWork, PassSpec, Reading, Tracked
 from tests import exact, tiny
 from tests.exact import spearman
 from workers import curvature, passes, readout, works

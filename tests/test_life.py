@@ -16,8 +16,9 @@ from service.errors import Conflict, Damaged, Invalid
 from service.life import plan_append
 from service.registry import DATASETS, INDEXES, record_file
 from service.specs import TokenSharesSpec
+from service.tasks import Task
 from service.terms import ConceptFunction, IndexKind, JobKind, Method, Order
-from service.work import CompactSpec, DifferenceSpec, PassSpec, ReadOffSpec, SumSpec, Task
+from service.work import CompactSpec, DifferenceSpec, PassSpec, ReadOffSpec, SumSpec
 from tests import lives
 from tests.exact import spearman
 from tests.lives import ASKED, FIRST, MORE, World, ids_of

@@ -108,7 +108,8 @@ from service.datasets import Parsed, example_id
 from service.errors import Invalid
 from service.storage import Storage
 from service.terms import ConceptFunction, LongExamples, Pooling
-from service.work import Location, Reading, ScoutWork, Task, Tracked
+from service.tasks import (Task)
+from service.work import (Location, Reading, ScoutWork, Tracked)
 from workers.actor import Worker
 from workers.models import load
 from workers.works.choice import HELD

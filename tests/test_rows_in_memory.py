@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service import indexes
+from service import indexes, screening
 from service.contracts import IndexRecord
 from service.errors import Unavailable
 from service.loading import IndexLoader, grouped
@@ -62,6 +62,26 @@ def test_an_index_beyond_the_memory_is_refused_with_what_it_needs(shelf: Shelf) 
         loader.rows(big, ARRAYS[0])
     assert refused.value.code == "index_too_large"
     assert loader.rows(record, ARRAYS[0]).index.n == 9
+
+
+def test_a_version_without_room_for_screens_holds_none_that_others_have_made(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not counted with them, and would keep them when those others are gone."""
+    monkeypatch.setattr("service.loading.BLOCK_BYTES", 4 * 2 * D)
+    monkeypatch.setattr("service.screening.worthwhile", lambda n, d: True)
+    first, second = versions(shelf)
+    enough = 8 * 2 * D + screening.bytes_of([4, 4], D)  # for the rows of the first and their screens
+    loader = IndexLoader(shelf.registry, shelf.storage, threads=2, most_bytes=enough)
+    old = loader.rows(first, ARRAYS[0]).index
+    old.screen()
+    assert all(block._screen is not None for block in old.blocks)
+    assert old.bytes == enough
+    new = loader.rows(second, ARRAYS[0]).index
+    new.search(np.ones(D, np.float32), 3)
+    assert new.blocks[:2] == old.blocks
+    assert all(block._screen is None for block in new.blocks)
+    assert new.bytes == sum(block.bytes for block in new.blocks)
 
 
 def test_the_spread_of_scores_is_exact_where_rows_are_few(shelf: Shelf) -> None:

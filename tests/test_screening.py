@@ -51,7 +51,7 @@ def candidates(
 ) -> list[np.ndarray | None]:
     screen = Screen(rows.astype(np.float16), outliers=NONE, exponent=exponent)
     bars = np.full(len(queries), -np.inf, dtype=np.float32)
-    return [found.rows for found in screen.candidates(queries, ks, masks, bars)]
+    return screen.candidates(queries, ks, masks, bars)
 
 
 def holds_the_best(
@@ -131,31 +131,18 @@ def test_a_zero_query_keeps_everything_or_says_that_it_cannot() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-60, -56, 0, 60])
-def test_outliers_are_looked_at_always_and_set_no_bar(exponent: int) -> None:
-    rows = normal(0, 4000, 64).astype(np.float16)
-    outliers = np.arange(0, 100)
-    rows[outliers] = 0
-    screen = Screen(rows, outliers=outliers, exponent=exponent)
-    query = normal(1, 1, 64)
-    bars = np.full(1, -np.inf, dtype=np.float32)
-    (found,) = screen.candidates(query, [50], [None], bars)
-    assert found.rows is not None
-    assert set(outliers.tolist()) <= set(found.rows.tolist())
-    exact = np.delete(rows.astype(np.float64) @ query[0], outliers) * 2.0**exponent
-    assert bars[0] <= np.sort(exact)[-50]
-
-
-@pytest.mark.parametrize("exponent", [-60, -56, 0, 60])
-def test_a_zero_query_loses_no_outlier(exponent: int) -> None:
+@pytest.mark.parametrize("query", [normal(1, 64), np.zeros(64, np.float32)], ids=["normal", "zero"])
+def test_outliers_are_looked_at_always_and_set_no_bar(exponent: int, query: np.ndarray) -> None:
     rows = normal(0, 500, 64).astype(np.float16)
     outliers = np.arange(0, 40)
     rows[outliers] = 0
     screen = Screen(rows, outliers=outliers, exponent=exponent)
     bars = np.full(1, -np.inf, dtype=np.float32)
-    (found,) = screen.candidates(np.zeros((1, 64), np.float32), [10], [None], bars)
-    assert found.rows is not None
-    assert set(outliers.tolist()) <= set(found.rows.tolist())
-    assert bars[0] <= 0
+    (found,) = screen.candidates(query[None], [10], [None], bars)
+    assert found is not None
+    assert set(outliers.tolist()) <= set(found.tolist())
+    exact = np.delete(rows.astype(np.float64) @ query, outliers) * 2.0**exponent
+    assert bars[0] <= np.sort(exact)[-10]
 
 
 def test_what_the_widest_rows_miss_is_not_underestimated() -> None:
@@ -310,9 +297,22 @@ def test_a_screen_that_rules_nothing_out_is_given_up(threads: int) -> None:
     for seed in range(blocks.PATIENCE + 1):
         query = normal(seed, 64)
         np.testing.assert_array_equal(screened.search(query, 10).rows, plain.search(query, 10).rows)
-    assert all(block._screen is None and not block.screenable for block in screened.blocks)
+    assert all(block._screen is None for block in screened.blocks)
     screened.screen()
     assert all(block._screen is None for block in screened.blocks)
+
+
+def test_what_a_screen_is_not_for_does_not_stop_it_for_others() -> None:
+    """Neither many hits nor a few questions that it cannot narrow down, also in one batch with those it can."""
+    rows = normal(5, 9_001, 64)
+    plain, screened = indexes(rows)
+    for seed in range(2 * blocks.PATIENCE):
+        queries = [normal(seed, 64), normal(seed + 1, 64), np.zeros(64, np.float32)]
+        queries, ks = (queries, [10, 9_000, 10]) if seed % 8 == 0 else (queries[:2], [10, 9_000])
+        found = screened.search_many(queries, ks)
+        for ours, theirs in zip(found, plain.search_many(queries, ks), strict=True):
+            np.testing.assert_array_equal(ours.rows, theirs.rows)
+    assert all(block._screen is not None for block in screened.blocks)
 
 
 def test_narrow_rows_have_no_screen() -> None:

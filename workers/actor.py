@@ -15,21 +15,17 @@ from service.contracts import DatasetRecord, Example
 from service.local_cache import CacheAt
 from service.models import check_fingerprints
 from service.storage import Storage
+from service.tasks import BUDGET, LOWERED, Artifact, ShardManifest, Task
 from service.terms import Pooling
 from service.work import (
-    BUDGET,
-    LOWERED,
-    Artifact,
     CompactSpec,
     DifferenceSpec,
     Location,
     PassSpec,
     Reading,
     ReadOffSpec,
-    ShardManifest,
     ShardWork,
     SumSpec,
-    Task,
     Tracked,
     Work,
 )

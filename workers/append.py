@@ -13,7 +13,8 @@ from service.errors import Invalid
 from service.life import refuse_part
 from service.specs import IndexManifest, Section
 from service.storage import Storage
-from service.work import DifferenceSpec, PassSpec, ReadOffSpec, ShardManifest, ShardWork, SumSpec
+from service.tasks import ShardManifest
+from service.work import DifferenceSpec, PassSpec, ReadOffSpec, ShardWork, SumSpec
 from workers.build import account
 from workers.stages import Stages
 

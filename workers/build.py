@@ -14,6 +14,7 @@ from service.errors import Invalid
 from service.registry import DATASETS, Registry
 from service.specs import BuildIndexSpec, CachedJacobian, DifferencePlan, IndexManifest, InfluencePlan, Section
 from service.storage import Storage
+from service.tasks import ShardManifest
 from service.terms import ConceptFunction, IndexKind, LongExamples, Lora
 from service.work import (
     ActivationSpec,
@@ -29,7 +30,6 @@ from service.work import (
     PassSpec,
     Reading,
     ScoutWork,
-    ShardManifest,
     SumSpec,
 )
 from workers import directions, fidelity

@@ -8,7 +8,8 @@ from service.contracts import IndexRecord
 from service.errors import Invalid
 from service.specs import IndexManifest, Section
 from service.storage import Storage
-from service.work import CompactSpec, ShardManifest, ShardRef
+from service.tasks import ShardManifest, ShardRef
+from service.work import CompactSpec
 from workers.stages import Stages
 
 

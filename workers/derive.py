@@ -10,8 +10,9 @@ from service.contracts import ArrayInfo, Quarantined
 from service.rows import F32
 from service.shards import Stored
 from service.storage import Storage
+from service.tasks import ShardManifest, Task
 from service.terms import IndexKind
-from service.work import CompactSpec, ReadOffSpec, ShardManifest, SumSpec, Task
+from service.work import CompactSpec, ReadOffSpec, SumSpec
 from workers.passes import PassResult
 
 

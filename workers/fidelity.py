@@ -14,6 +14,7 @@ from service import basis, shards, tombstones
 from service.contracts import ArrayInfo, DatasetRecord, Fidelity
 from service.rows import F32
 from service.specs import CachedJacobian, IndexManifest
+from service.tasks import ShardManifest
 from service.terms import IndexKind
 from service.work import (
     CurvatureSpec,
@@ -25,7 +26,6 @@ from service.work import (
     LossRowsWork,
     MixWork,
     PassSpec,
-    ShardManifest,
 )
 from workers.directions import FILE, Directions
 from workers.stages import Stages, sample_rows, shuffled

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from service.errors import DomainError
 from service.local_cache import CacheAt
-from service.work import Task
+from service.tasks import Task
 from workers.actor import Manifest, RemoteWorker, Worker
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,8 @@ class Crew(Protocol):
         ...
 
 
-class Pool(Protocol):
-    """Who turns tasks into results."""
-
-    def fresh(self, check: Callable[[], None]) -> AbstractContextManager[Crew]:
-        """New workers for measuring; the old ones are let go first, and these at the end."""
-        ...
+class Runner(Protocol):
+    """Who turns tasks into results, or says what they would be."""
 
     def run(
         self,
@@ -54,6 +50,14 @@ class Pool(Protocol):
         check: Callable[[], None],
         log_event: Callable[..., None],
     ) -> None: ...
+
+
+class Pool(Runner, Protocol):
+    """Workers."""
+
+    def fresh(self, check: Callable[[], None]) -> AbstractContextManager[Crew]:
+        """New workers for measuring; the old ones are let go first, and these at the end."""
+        ...
 
 
 class InlinePool:

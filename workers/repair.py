@@ -18,9 +18,9 @@ from service.jobs import Jobs
 from service.registry import ALL, INDEXES, Registry
 from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
+from service.tasks import ShardManifest, libraries
 from service.terms import JobKind
 from service.verify import ARTIFACT, CONCEPT, DATASET, RECORD, SHARD, Damage, Report, verify
-from service.work import ShardManifest, libraries
 
 R = TypeVar("R")
 

@@ -17,12 +17,11 @@ from service.errors import Invalid
 from service.rows import F32
 from service.specs import DifferencePlan
 from service.storage import Storage
+from service.tasks import LOWERED, Artifact, ShardManifest, Task, identity
 from service.terms import ConceptFunction, Pooling
 from service.work import (
     FORMAT,
-    LOWERED,
     AnswersWork,
-    Artifact,
     ArtifactWork,
     CovarianceWork,
     CurvatureSpec,
@@ -36,15 +35,12 @@ from service.work import (
     PassSpec,
     Reading,
     ShapesWork,
-    ShardManifest,
     ShardWork,
-    Task,
     Tracked,
-    identity,
 )
 from workers.actor import find
 from workers.eigenbasis import EIGEN, LAMBDA, modules
-from workers.pool import Pool
+from workers.pool import Runner
 
 _PARTS = 8  # of the curvature's sample: sums are kept by part until they are reduced
 _SMALLEST_PART = 64
@@ -55,7 +51,7 @@ _ROWS = 32  # of J per task: each repeats the forward, which is small beside 32 
 class Stages:
     """Bound to one job: its context hears of progress, and may stop the work at any task."""
 
-    def __init__(self, storage: Storage, pool: Pool, context: JobContext, *, careful: bool = False) -> None:
+    def __init__(self, storage: Storage, pool: Runner, context: JobContext, *, careful: bool = False) -> None:
         """``careful``: something is damaged, so look at the parts of a curvature too before taking it for there."""
         self.storage = storage
         self._pool = pool

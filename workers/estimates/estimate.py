@@ -12,6 +12,7 @@ from service.contracts import DatasetRecord, JobContext, ModelRecord
 from service.registry import DATASETS, Registry
 from service.specs import BuildIndexSpec
 from service.storage import Storage
+from service.tasks import Task
 from service.work import (
     AnswersWork,
     CovarianceWork,
@@ -25,7 +26,6 @@ from service.work import (
     Reading,
     ScoutWork,
     ShapesWork,
-    Task,
     Work,
 )
 from workers.build import Build

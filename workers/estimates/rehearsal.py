@@ -5,7 +5,6 @@ list of tasks cannot fall behind it. What is in storage already is found as a bu
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,12 @@ from service.contracts import ArrayInfo, DatasetRecord
 from service.errors import NotFound
 from service.rows import F32
 from service.storage import Storage, sha256_bytes
+from service.tasks import Artifact, ShardArray, ShardManifest, Task
 from service.terms import IndexKind
-from service.work import (
-    Artifact,
-    DifferenceSpec,
-    PassSpec,
-    ReadOffSpec,
-    ShardArray,
-    ShardManifest,
-    ShardWork,
-    SumSpec,
-    Task,
-)
+from service.work import DifferenceSpec, PassSpec, ReadOffSpec, ShardWork, SumSpec
 from workers.derive import summed
 from workers.estimates.probe import Shapes
 from workers.estimates.weights import Weights
-from workers.pool import Crew
 from workers.stages import Stages
 
 _ID_BYTES = 67  # of an example in a shard's manifest: 64 digits, quotes and a comma
@@ -93,7 +82,7 @@ class Overlay(Storage):
 
 
 class RehearsalPool:
-    """A Pool whose results hold no numbers. ``width``: d of the model."""
+    """A Runner whose results hold no numbers. ``width``: d of the model."""
 
     def __init__(
         self, storage: Overlay, shapes: Shapes, ids: Callable[[DatasetRecord], Sequence[str]], width: int
@@ -103,9 +92,6 @@ class RehearsalPool:
         self._width = width
         self.weights = Weights(storage, shapes)
         self.done: list[Rehearsed] = []
-
-    def fresh(self, check: Callable[[], None]) -> AbstractContextManager[Crew]:
-        raise NotImplementedError("nothing can be measured in a rehearsal")
 
     def run(
         self,

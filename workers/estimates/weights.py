@@ -9,6 +9,7 @@ import numpy as np
 from service import artifacts
 from service.basis import SPECTRUM
 from service.storage import Storage
+from service.tasks import Task
 from service.work import (
     AnswersWork,
     BasisWork,
@@ -28,7 +29,6 @@ from service.work import (
     Rademacher,
     ScoutWork,
     ShapesWork,
-    Task,
 )
 from workers.directions import FILE
 from workers.eigenbasis import LAMBDA, modules
