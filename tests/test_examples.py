@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from service import columns, datasets, example_ids, texts
 from service.columns import FieldKind
-from service.contracts import Completion, DatasetRecord, Example, Place
+from service.contracts import Completion, DatasetRecord, Example, Place, PlainText
 from service.errors import Conflict, Damaged, Invalid
 from service.example_ids import Finder
 from service.examples import Examples
@@ -414,6 +414,15 @@ def test_columns_that_arrow_has_cut_still_make_whole_blocks(monkeypatch: pytest.
         packed = texts.pack(items)
     found = texts.Texts(packed).take(range(200))
     assert [text.metadata["n"] for text in found] == list(range(200))
+
+
+@pytest.mark.parametrize("beyond", [5, 7, 8, 100])
+def test_rows_that_the_file_does_not_hold_are_an_error(beyond: int) -> None:
+    items = [Example(f"{n:064x}", PlainText("long " * 2000), {}, (Place("f", n),)) for n in range(5)]
+    held = texts.Texts(texts.pack(items))
+    assert [text.places[0].line for text in held.take([4, 0])] == [4, 0]
+    with pytest.raises((IndexError, ValueError)):
+        held.take([0, beyond])
 
 
 def test_long_strings_of_few_kinds_survive_the_dictionary_of_the_file(memory: Storage) -> None:

@@ -81,6 +81,30 @@ def test_no_row_of_the_best_is_lost(kind: str, d: int, n: int, count: int) -> No
         holds_the_best(found[number], rows, query, ks[number], masks[number])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [52, 300])
+def test_bounds_hold_where_they_are_tight(kind: str, d: int) -> None:
+    """A query along what a row misses: there Cauchy-Schwarz is an equality, and less slack would lose the row."""
+    rows = KINDS[kind](1, 40, d).astype(np.float16)
+    screen = Screen(rows, outliers=NONE, exponent=0)
+    for number, row in enumerate(rows.astype(np.float64)):
+        levelled = row / screen._levels
+        codes = screen._codes[number // 4, :, number % 4].reshape(-1)[:d].astype(np.float64) - int8.OFFSET
+        missed = levelled - screen._scale[number] * codes
+        query = (missed / screen._levels).astype(np.float32)
+        if not query.any():
+            continue
+        query /= np.abs(query).max()
+        exact = rows.astype(np.float64) @ query.astype(np.float64)
+        bars = np.nextafter(np.array([exact[number]], np.float32), np.float32(-np.inf))
+        (found,) = screen.candidates(query[None], [len(rows)], [None], bars)
+        assert found is not None
+        assert number in found.tolist()
+        bars = np.full(1, -np.inf, dtype=np.float32)
+        screen.candidates(-query[None], [1], [None], bars)
+        assert bars[0] <= (-exact).max()
+
+
 @pytest.mark.parametrize("exponent", [-60, -8, 0, 8, 60])
 def test_bounds_hold_whatever_the_scale(exponent: int) -> None:
     rows, query = normal(0, 3000, 64), normal(1, 64)
@@ -300,6 +324,26 @@ def test_a_screen_that_rules_nothing_out_is_given_up(threads: int) -> None:
     assert all(block._screen is None for block in screened.blocks)
     screened.screen()
     assert all(block._screen is None for block in screened.blocks)
+
+
+def test_a_screen_is_given_up_for_what_is_asked_lately() -> None:
+    _, screened = indexes(normal(5, 4_000, 64), 1)
+    for seed in range(4 * blocks.PATIENCE):
+        screened.search(normal(seed, 64), 10)
+    assert all(block._screen is not None for block in screened.blocks)
+    for _ in range(blocks.PATIENCE):
+        screened.search(np.zeros(64, np.float32), 10)  # of which no row can be ruled out
+    assert all(block._screen is None for block in screened.blocks)
+
+
+def test_many_hits_for_one_leave_the_others_of_a_batch_their_screen() -> None:
+    _, screened = indexes(normal(5, 4_000, 64), 1)
+    (block,) = screened.blocks
+    bars = np.full(2, -np.inf, dtype=np.float32)
+    few, many = block.narrowed(normal(1, 2, 64), [10, block.n], [None, None], bars)
+    assert few is not None
+    assert len(few[0]) < block.n / 8
+    assert many is None
 
 
 def test_what_a_screen_is_not_for_does_not_stop_it_for_others() -> None:
