@@ -330,7 +330,7 @@ def _files(parsed: Parsed) -> dict[str, bytes]:
     aside = pa.Table.from_pylist([codec.to_plain(item) for item in parsed.quarantined], QUARANTINE_SCHEMA)
     files = {
         "ids.npy": example_ids.pack([example.id for example in examples]),
-        "examples.arrow": texts.pack(examples),
+        "examples.lines": texts.pack(examples),
         "metadata.parquet": columns.pack([example.metadata for example in examples]),
         "quarantine.parquet": to_parquet(aside),
     }
@@ -351,7 +351,7 @@ def read(storage: Storage, record: DatasetRecord, stem: str) -> bytes:
     Raises NotFound, Damaged, and Conflict for a dataset that another release has written.
     """
     name = next((name for name in record.files if name.startswith(f"{stem}-")), None)
-    if name is None or (stem == "examples" and not name.endswith(".arrow")):
+    if name is None or (stem == "examples" and not name.endswith(".lines")):
         raise Conflict(
             "other_format",
             f"Dataset {record.id!r} was stored by another release, which kept its examples in other files. Add the "

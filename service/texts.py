@@ -1,16 +1,20 @@
 """Examples at rest: text, metadata and places, in blocks so small that a hundred hits from anywhere cost little.
 
-An Arrow file, each block compressed by itself. Which example a row is stands in the ids beside it, not here.
+An Arrow file of blocks, each some lines (content, metadata and places as JSON, with tabs between) compressed as one
+buffer: docs/decisions/0016. Which example a row is stands in the ids beside it, not here.
 """
 
 import json
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from pydantic_core import from_json
+from pyarrow import csv
+from pyarrow import json as arrow_json
+from pydantic_core import from_json, to_json
 
 from service import codec
 from service.contracts import Content, Example, Place
@@ -18,10 +22,12 @@ from service.contracts import Content, Example, Place
 PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
 SCHEMA = pa.schema([("content", pa.string()), ("metadata", pa.string()), ("places", PLACES)])
 
-# A hit costs its whole block, and a block about 20 µs whatever its size: docs/decisions/0016.
-_BLOCK_BYTES = 32 << 10
-_LEAST, _MOST = 4, 64  # rows
-_ROWS = b"whence.rows"
+_BLOCKS = pa.schema([("block", pa.large_binary()), ("bytes", pa.int64())])
+_CODEC = "lz4_raw"
+_BLOCK_BYTES = 16 << 10
+_MOST = 16  # rows
+_TOGETHER = 16 << 20  # bytes that are parsed at a time where all rows are wanted
+_ROWS, _COUNT = b"whence.rows", b"whence.count"
 
 
 @dataclass(frozen=True)
@@ -35,80 +41,95 @@ class Text:
 
 def pack(examples: Sequence[Example]) -> bytes:
     """Equal examples give equal bytes."""
-    table = pa.Table.from_pydict(
-        {
-            "content": [codec.canonical(codec.to_plain(example.content)).decode() for example in examples],
-            "metadata": [json.dumps(example.metadata, ensure_ascii=False) for example in examples],
-            "places": [[{"file": at.file, "line": at.line} for at in example.places] for example in examples],
-        },
-        SCHEMA,
-    )
-    fitting = _BLOCK_BYTES * max(1, table.num_rows) // max(1, table.nbytes)
-    rows = min(max(fitting, _LEAST), _MOST)
-    schema = SCHEMA.with_metadata({_ROWS: str(rows)})
+    lines = [_line(example) for example in examples]
+    fitting = _BLOCK_BYTES * len(lines) // max(1, sum(map(len, lines)))
+    rows = min(max(fitting, 1), _MOST)
+    blocks = [b"".join(lines[start : start + rows]) for start in range(0, len(lines), rows)]
+    packed = [pa.compress(block, codec=_CODEC, asbytes=True) for block in blocks]
+    schema = _BLOCKS.with_metadata({_ROWS: str(rows), _COUNT: str(len(lines))})
+    columns = [pa.array(packed, pa.large_binary()), pa.array(map(len, blocks), pa.int64())]
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
-        for start in range(0, table.num_rows, rows):  # exactly, also where Arrow has cut a column of gigabytes
-            (block,) = table.slice(start, rows).combine_chunks().to_batches()
-            writer.write_batch(block.replace_schema_metadata(schema.metadata))
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
     return sink.getvalue().to_pybytes()
+
+
+def _line(example: Example) -> bytes:
+    """JSON escapes the tabs and line ends of what it writes."""
+    content = codec.canonical(codec.to_plain(example.content))
+    metadata = json.dumps(example.metadata, ensure_ascii=False).encode()
+    return b"%s\t%s\t%s\n" % (content, metadata, to_json(example.places))
 
 
 def table(data: bytes) -> pa.Table:
     """All of it."""
-    with pa.ipc.open_file(pa.py_buffer(data)) as reader:
-        return reader.read_all().replace_schema_metadata(None)
+    return Texts(data).table(SCHEMA.names)
 
 
 class Texts:
     """The file, compressed in memory; the blocks that hold what is asked for are decoded. Thread-safe."""
 
     def __init__(self, data: bytes) -> None:
-        self._buffer = pa.py_buffer(data)
-        self._readers = threading.local()  # a reader's own state is not made for several threads
-        self._rows = int(self._reader().schema.metadata[_ROWS])
+        with pa.ipc.open_file(pa.py_buffer(data)) as reader:
+            batch, about = reader.get_batch(0), reader.schema.metadata
+        self._rows, self._count = int(about[_ROWS]), int(about[_COUNT])
+        self._blocks = batch.column("block")
+        self._bytes = batch.column("bytes").to_numpy()
 
     def take(self, rows: Sequence[int]) -> list[Text]:
         """The texts of these rows, in this order."""
-        if not len(rows):
-            return []
-        reader = self._reader()
-        blocks = {number: reader.get_batch(number) for number in {row // self._rows for row in rows}}
-        # One table of the rows and then column by column: a third of the time that their values take one by one.
-        picked = [blocks[row // self._rows].slice(row % self._rows, 1) for row in rows]
-        table = pa.Table.from_batches(picked)
-        if table.num_rows != len(rows):  # a slice beyond the end is empty
-            raise IndexError(f"rows {min(rows)} to {max(rows)}: the file does not hold them all")
-        places = table.column("places").combine_chunks()
-        flat, offsets = places.flatten(), places.offsets.to_pylist()
-        at = list(map(Place, flat.field("file").to_pylist(), flat.field("line").to_pylist()))
-        first = offsets[0]
-        return [
-            Text(
-                codec.decode(Content, own),  # pyright: ignore[reportArgumentType]
-                from_json(about),
-                tuple(at[start - first : stop - first]),
-            )
-            for own, about, start, stop in zip(
-                table.column("content").to_pylist(),
-                table.column("metadata").to_pylist(),
-                offsets[:-1],
-                offsets[1:],
-                strict=True,
-            )
-        ]
-
-    def _reader(self) -> pa.RecordBatchFileReader:
-        reader = getattr(self._readers, "reader", None)
-        if reader is None:
-            reader = pa.ipc.open_file(self._buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
-            self._readers.reader = reader
-        return reader
+        if len(rows) and not 0 <= min(rows) <= max(rows) < self._count:
+            raise IndexError(f"rows {min(rows)} to {max(rows)} among {self._count}")
+        blocks = {number: self._block(number).split(b"\n") for number in {row // self._rows for row in rows}}
+        return [_text(blocks[row // self._rows][row % self._rows]) for row in rows]
 
     def table(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
-        fields = [SCHEMA.get_field_index(name) for name in names]
-        options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-        with pa.ipc.open_file(self._buffer, options=options) as reader:
-            return reader.read_all().replace_schema_metadata(None).select(list(names))
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        options = csv.ConvertOptions(
+            column_types={name: pa.string() for name in names}, include_columns=list(names), check_utf8=False
+        )
+        found = [
+            csv.read_csv(
+                pa.py_buffer(lines),
+                # A line must fit in one of the reader's blocks.
+                csv.ReadOptions(use_threads=False, column_names=SCHEMA.names, block_size=len(lines) + 1),
+                csv.ParseOptions(delimiter="\t", quote_char=False),
+                options,
+            )
+            for lines in self._lines()
+        ]
+        tables = [_with_places(each) if "places" in names else each for each in found]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    def _block(self, number: int) -> bytes:
+        packed = self._blocks[number].as_buffer()
+        return pa.decompress(packed, int(self._bytes[number]), codec=_CODEC, asbytes=True)
+
+    def _lines(self) -> Iterator[bytes]:
+        """All lines, so many together as are parsed at once."""
+        together = np.cumsum(self._bytes) // _TOGETHER
+        starts = np.flatnonzero(np.diff(together, prepend=-1))
+        for start, stop in pairwise([*starts.tolist(), len(together)]):
+            yield b"".join(map(self._block, range(start, stop)))
+
+
+def _text(line: bytes) -> Text:
+    content, metadata, places = line.split(b"\t")
+    return Text(
+        codec.decode(Content, content),  # pyright: ignore[reportArgumentType]
+        from_json(metadata),
+        tuple(Place(at["file"], at["line"]) for at in from_json(places)),
+    )
+
+
+def _with_places(table: pa.Table) -> pa.Table:
+    """The column of JSON as lists."""
+    at = table.column_names.index("places")
+    lines = "\n".join(f'{{"places":{each}}}' for each in table.column(at).to_pylist())
+    schema = pa.schema([("places", PLACES)])
+    read = arrow_json.ReadOptions(use_threads=False, block_size=len(lines.encode()) + 1)
+    parsed = arrow_json.read_json(
+        pa.py_buffer(lines.encode()), read, arrow_json.ParseOptions(explicit_schema=schema)
+    )
+    return table.set_column(at, SCHEMA.field("places"), parsed.column("places"))
