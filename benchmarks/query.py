@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ from service.storage import Storage
 THREADS = 2  # of a search, and of what it is compared with
 _CONCEPTS = 600  # more than are asked of one index
 _FEW = 150  # at smoke size
-_NUMBERS = itertools.count()  # of questions: no two ask for the same concept
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Asker:
     d: int
     k: int = 100
     concepts: int = _CONCEPTS
-    numbers: Iterator[int] = field(default_factory=lambda: _NUMBERS)
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # of questions
 
     def __post_init__(self) -> None:
         self._http = httpx.Client(base_url=self.url, timeout=300)
@@ -139,7 +138,7 @@ def _synthetic(report: Report, chosen: Any) -> None:
                 began = time.perf_counter()
                 synthetic.publish(storage, registry, f"n{n}", n, chosen.d, concept_count=count)
                 print(f"published {n:,} × {chosen.d} in {time.perf_counter() - began:.0f} s", flush=True)
-            asker = partial(_asker, server.url, chosen, count)
+            asker = cache(partial(_asker, server.url, chosen, count))  # one of each index: it asks nothing twice
             largest = asker(chosen.n)
             if "cold" in parts:
                 _cold(report, largest, storage, registry)
