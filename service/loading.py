@@ -20,10 +20,11 @@ from service.errors import Damaged, NotFound, Unavailable
 from service.example_ids import Finder, Ids
 from service.examples import Examples
 from service.registry import DATASETS, Registry, record_file
-from service.rows import F16, F32
+from service.rows import F16
 from service.screening import bytes_of
 from service.search import VectorIndex
 from service.specs import IndexManifest
+from service.spread import SAMPLE, Sample
 from service.storage import Storage
 from service.tasks import ShardManifest, ShardRef
 
@@ -31,7 +32,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _SMALL = 8  # manifests and example tables kept
-_SAMPLE = 1 << 13  # rows on which the spread of scores is estimated; of an index no larger than that, all
 DELETED = "deleted"
 
 
@@ -41,24 +41,6 @@ class Piece:
 
     block: Block
     ids: Ids
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation of all scores of a query, and a sorted sample of them."""
-
-    mean: float
-    deviation: float
-    sample: F32
-
-    def percentile(self, scores: F32) -> NDArray[np.float64]:
-        """Share of the index that scores lower, in percent; of equal scores half count as lower."""
-        low = np.searchsorted(self.sample, scores, side="left")
-        high = np.searchsorted(self.sample, scores, side="right")
-        return 50.0 * (low + high) / max(1, len(self.sample))
-
-    def z_score(self, scores: F32) -> NDArray[np.float64]:
-        return (scores.astype(np.float64) - self.mean) / self.deviation if self.deviation else np.zeros(len(scores))
 
 
 class Rows:
@@ -104,19 +86,12 @@ class Rows:
         return mask & self.alive
 
     @cached_property
-    def _sampled(self) -> VectorIndex:
-        """Every so many-th row that may be ranked, once more and side by side."""
+    def sample(self) -> Sample:
+        """Every so many-th row that may be ranked, once more: how the scores of a query lie is told by these."""
         rows = np.arange(self.index.n) if self.alive is None else np.flatnonzero(self.alive)
-        if len(rows) > _SAMPLE:
-            rows = rows[np.linspace(0, len(rows) - 1, _SAMPLE).astype(np.int64)]
-        return self.index.excerpt(rows)
-
-    def spread(self, query: F32) -> Spread:
-        """How all scores of the query lie: exact up to 8,192 rows, beyond that estimated on so many of them."""
-        scores = np.sort(self._sampled.scores(query))
-        if not len(scores):
-            return Spread(0.0, 0.0, scores)
-        return Spread(float(scores.mean(dtype=np.float64)), float(scores.std(dtype=np.float64)), scores)
+        if len(rows) > SAMPLE:
+            rows = rows[np.linspace(0, len(rows) - 1, SAMPLE).astype(np.int64)]
+        return Sample(self.index.excerpt(rows))
 
 
 class IndexLoader:

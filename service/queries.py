@@ -16,7 +16,7 @@ from service.cache import LoadingCache
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
 from service.jobs import Jobs
-from service.loading import IndexLoader, Rows, Spread
+from service.loading import IndexLoader, Rows
 from service.matching import DIRECT, Asked, Matched, Missing, match
 from service.paging import Page
 from service.questions import Query, resolve
@@ -24,6 +24,7 @@ from service.registry import Registry
 from service.rows import F32
 from service.search import TopK
 from service.specs import TokenSharesSpec
+from service.spread import Spread, percentile
 from service.storage import Storage
 from service.terms import JobKind, Method, Order
 from service.token_shares import TokenShares
@@ -70,6 +71,7 @@ class Ranking:
 
     top: TopK
     spread: Spread
+    sample: F32 | None  # scores, ascending; None: ranks tell the percentiles
     candidates: int  # rows that were ranked
 
 
@@ -238,7 +240,8 @@ def _search(prepared: Prepared, query: Query) -> Ranking:
         case Order.ABSOLUTE:
             top = _either(ask(u, query.k, mask), _negative(ask(-u, query.k, mask)), query.k)
     candidates = rows.index.n if mask is None else int(np.count_nonzero(mask))
-    return Ranking(top, rows.spread(u), candidates)
+    sample = None if _ranks_tell(query) else rows.sample.scores(u)
+    return Ranking(top, rows.sample.spread(u), sample, candidates)
 
 
 def _negative(top: TopK) -> TopK:
@@ -255,16 +258,22 @@ def _either(most: TopK, least: TopK, k: int) -> TopK:
     return TopK(rows[order], scores[order])
 
 
+def _ranks_tell(query: Query) -> bool:
+    """Is a hit's rank its rank by score in the whole index?"""
+    return query.filter is None and query.order != Order.ABSOLUTE
+
+
 def _percentiles(query: Query, ranking: Ranking, ranks: NDArray[np.int64], scores: F32) -> NDArray[np.float64]:
-    """Share of the index that scores lower, in percent: by the rank itself where it is one of the whole index."""
+    """Share of the index that scores lower, in percent."""
     n = ranking.candidates
-    if query.filter is None and query.order != Order.ABSOLUTE:
-        return 100.0 * ((n - ranks) if query.order == Order.MOST else (ranks - 1)) / max(1, n)
-    return ranking.spread.percentile(scores)
+    if ranking.sample is not None:
+        return percentile(ranking.sample, scores)
+    return 100.0 * ((n - ranks) if query.order == Order.MOST else (ranks - 1)) / max(1, n)
 
 
 def _bytes_of(ranking: Ranking) -> int:
-    return ranking.top.rows.nbytes + ranking.top.scores.nbytes + ranking.spread.sample.nbytes
+    sample = 0 if ranking.sample is None else ranking.sample.nbytes
+    return ranking.top.rows.nbytes + ranking.top.scores.nbytes + sample
 
 
 def _fidelity(index: IndexRecord, asked: Asked, found: Matched) -> Fidelity | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service import indexes, screening
+from service import indexes, screening, spread
 from service.contracts import IndexRecord
 from service.errors import Unavailable
 from service.loading import IndexLoader, grouped
@@ -88,10 +88,11 @@ def test_the_spread_of_scores_is_exact_where_rows_are_few(shelf: Shelf) -> None:
     rows = shelf.loader().rows(shelf.publish("a", 1), ARRAYS[0])
     query = np.random.default_rng(3).normal(size=D).astype(np.float32)
     scores = rows.index.scores(query)
-    spread = rows.spread(query)
-    np.testing.assert_allclose(spread.z_score(scores), stats.zscore(scores.astype(np.float64)), rtol=1e-5)
+    found = rows.sample.spread(query)
+    np.testing.assert_allclose(found.z_score(scores), stats.zscore(scores.astype(np.float64)), rtol=1e-5)
     np.testing.assert_allclose(
-        spread.percentile(scores), [stats.percentileofscore(scores, score, kind="mean") for score in scores]
+        spread.percentile(rows.sample.scores(query), scores),
+        [stats.percentileofscore(scores, score, kind="mean") for score in scores],
     )
 
 
