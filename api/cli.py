@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from api import cli_life, cli_repair  # noqa: F401  (add their commands to those of indexes)
 from api.cli_aliases import aliases_app, registry_app
 from api.cli_asked import with_asked
+from api.cli_concepts import concepts_app
 from api.cli_directions import directions
 from api.cli_indexes import indexes_app
 from api.cli_rankings import (
@@ -30,8 +31,6 @@ from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
     DEFAULT_URL,
     AsJson,
-    Detach,
-    PoolingOption,
     Url,
     connect,
     console,
@@ -44,7 +43,7 @@ from api.terminal import (
     show_tokens,
 )
 from service.contracts import JobRecord
-from service.terms import GroupSort, Pooling
+from service.terms import GroupSort
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +55,6 @@ A first session: `whence up` in one terminal, then `whence models add`, `whence 
 )
 models_app = typer.Typer(no_args_is_help=True, help="Model folders and their lineage.")
 datasets_app = typer.Typer(no_args_is_help=True, help="Training data: JSONL, one example per line.")
-concepts_app = typer.Typer(no_args_is_help=True, help="Directions in the residual stream.")
 jobs_app = typer.Typer(no_args_is_help=True, help="Work in progress, and what came of it.")
 for _name, _sub in (
     ("models", models_app),
@@ -220,45 +218,6 @@ def list_datasets(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     with connect(url) as client:
         records = client.datasets()
     show_table(records, ("id", "lines", "examples", "duplicates", "quarantined", "source"), as_json)
-
-
-# --- concepts ---------------------------------------------------------------------------------------
-
-
-@concepts_app.command("fit")
-def fit_concept(
-    concept_id: Annotated[str, typer.Argument(help="Id of the new concept.")],
-    model: Annotated[str, typer.Option(help="Id of the model whose activations define it.")],
-    positive: Annotated[str, typer.Option(help="Dataset that shows the behaviour.")],
-    negative: Annotated[str, typer.Option(help="Dataset that does not.")],
-    layer: Annotated[int, typer.Option(help="Block output, from 1.")],
-    pooling: PoolingOption = Pooling.RESPONSE_MEAN,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
-    ] = None,
-    url: Url = DEFAULT_URL,
-    detach: Detach = False,
-) -> None:
-    """Fit a direction: mean activation of the positive examples minus that of the negative ones."""
-    with connect(url) as client:
-        job = client.fit_concept(
-            concept_id,
-            model=model,
-            positive=positive,
-            negative=negative,
-            layer=layer,
-            pooling=pooling,
-            max_length=max_length,
-        )
-        follow_job(client, job, detach)
-
-
-@concepts_app.command("list")
-def list_concepts(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
-    """Concepts, with how well each separates held-out examples."""
-    with connect(url) as client:
-        records = client.concepts()
-    show_table(records, ("id", "model", "layer", "pooling", "auroc_held_out", "n_positive", "n_negative"), as_json)
 
 
 # --- jobs -------------------------------------------------------------------------------------------

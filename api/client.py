@@ -16,14 +16,14 @@ from uuid import uuid4
 
 import httpx
 
+from api.client_concepts import ConceptCalls
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from api.schemas_evidence import DirectionsOut, RerankOut
 from api.schemas_rankings import CompareOut, GroupsOut
-from api.transport import JobFailed, Transport, WhenceError, checked, if_match
+from api.transport import JobFailed, WhenceError, checked, if_match
 from service import codec
 from service.contracts import (
     AliasRecord,
-    ConceptRecord,
     DatasetRecord,
     IndexRecord,
     JobEvent,
@@ -41,7 +41,7 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class Client(Transport):
+class Client(ConceptCalls):
     """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Client(Transport):
             self._call("GET", f"/v1/datasets/{dataset_id}/quarantine", params=page)
         )
 
-    # --- indexes, concepts, queries -----------------------------------------------------------------
+    # --- indexes, queries ---------------------------------------------------------------------------
 
     def build_index(self, name: str, *, model: str, dataset: str, **options: Any) -> JobRecord:
         """Queue a build; ``options`` as in ``api.schemas.IndexIn`` (kinds, layers, query_sets, …)."""
@@ -158,19 +158,6 @@ class Client(Transport):
     def index_quarantine(self, reference: str, *, offset: int = 0, limit: int = 1000) -> QuarantinePage:
         page = {"offset": offset, "limit": limit}
         return QuarantinePage.model_validate(self._call("GET", f"/v1/indexes/{reference}/quarantine", params=page))
-
-    def fit_concept(
-        self, concept_id: str, *, model: str, positive: str, negative: str, layer: int, **options: Any
-    ) -> JobRecord:
-        """Queue the fit of a direction; ``options`` as in ``api.schemas.ConceptIn`` (pooling, max_length)."""
-        body = {"id": concept_id, "model": model, "positive": positive, "negative": negative, "layer": layer}
-        return codec.from_plain(JobRecord, self._call("POST", "/v1/concepts", json=body | options))
-
-    def concepts(self) -> list[ConceptRecord]:
-        return self._items("/v1/concepts", ConceptRecord)
-
-    def concept(self, concept_id: str) -> ConceptRecord:
-        return codec.from_plain(ConceptRecord, self._call("GET", f"/v1/concepts/{concept_id}"))
 
     def query(self, *, index: str, concept: str | None = None, **options: Any) -> QueryOut | JobRecord:
         """The ranking, or the job that must end first (then ask again, or use ``ask``).

@@ -101,7 +101,10 @@ def install(app: FastAPI) -> None:
         code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
         param = ".".join(where) or None
         fields = [{"param": ".".join(map(str, item["loc"][1:])), "detail": item["msg"]} for item in error.errors()]
-        detail = f"{param}: {first['msg']}." if param else "Send a JSON object, with content-type application/json."
+        detail = f"{param}: {first['msg']}."
+        if param is None:  # of the body as a whole: fields that do not go together, or no JSON object at all
+            together = first["type"] == "value_error"
+            detail = f"{first['msg']}." if together else "Send a JSON object, with content-type application/json."
         return problem(request, 422, code, detail, param=param, errors=fields[:20])
 
     @app.exception_handler(HTTPException)

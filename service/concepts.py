@@ -1,5 +1,7 @@
 """Concepts at rest, and the rule which model's concept may be asked of which index."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -27,8 +29,12 @@ def publish(storage: Storage, registry: Registry, record: ConceptRecord, tensor:
 
 def direction(storage: Storage, record: ConceptRecord) -> F32:
     """v̂, (width,) float32 with unit norm; Damaged when the file is not what was registered."""
-    data = storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
-    return load_safetensors(data)[TENSOR]
+    return load_safetensors(tensor_file(storage, record))[TENSOR]
+
+
+def tensor_file(storage: Storage, record: ConceptRecord) -> bytes:
+    """The safetensors file that holds it, checked as by ``direction``."""
+    return storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
 
 
 def check_fits(
@@ -60,6 +66,27 @@ def check_fits(
             f"{index.pooling}: their activations are not comparable.",
             param=param,
         )
+
+
+def check_alike(found: Sequence[ConceptRecord], *, param: str, skip: int = 0) -> None:
+    """Raise Invalid unless all lie in the same space as the first: what is added up must have one meaning.
+
+    ``param`` with a place for the number of the one that does not, counted from ``skip``.
+    """
+    first = found[0]
+    for number, record in enumerate(found):
+        for name in ("lineage", "width", "layer", "pooling"):
+            if getattr(record, name) != getattr(first, name):
+                told = [f"{each.id!r} {_said(each, name)}" for each in (first, record)]
+                raise Invalid(
+                    f"concepts_of_different_{name}",
+                    f"Concepts that are put together must be of one {name}: {told[0]}, {told[1]}.",
+                    param=param.format(number - skip),
+                )
+
+
+def _said(record: ConceptRecord, name: str) -> str:
+    return f"was fitted on {record.model!r}" if name == "lineage" else f"has {name} {getattr(record, name)}"
 
 
 def _tensor_key(concept_id: str, sha256: str) -> str:

@@ -110,15 +110,7 @@ def _direction(
 def _summed(found: list[tuple[ConceptRecord, F32]], wanted: tuple[Weighted, ...]) -> tuple[ConceptRecord, F32]:
     """Σ w v̂, not normalised: its scores are the weighted sums of the concepts' own."""
     first = found[0][0]
-    for number, (record, _) in enumerate(found):
-        for name in ("layer", "pooling"):
-            if getattr(record, name) != getattr(first, name):
-                raise Invalid(
-                    f"concepts_of_different_{name}",
-                    f"Concepts of one sum lie at one {name}: {first.id!r} has {getattr(first, name)}, "
-                    f"{record.id!r} {getattr(record, name)}.",
-                    param=f"concepts[{number}]",
-                )
+    concepts.check_alike([record for record, _ in found], param="concepts[{}]")
     vectors = [np.float64(each.weight) * one for each, (_, one) in zip(wanted, found, strict=True)]
     total = np.sum(vectors, axis=0).astype(np.float32)
     if not total.any():

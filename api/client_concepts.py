@@ -1,0 +1,68 @@
+"""Concepts over HTTP: fitting, putting together, bringing along and taking away."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from api.transport import Transport
+from service import codec
+from service.contracts import ConceptRecord, JobRecord
+
+
+class ConceptCalls(Transport):
+    """Methods raise WhenceError, or httpx.TransportError without a server."""
+
+    def fit_concept(
+        self, concept_id: str, *, model: str, positive: str, negative: str, layer: int, **options: Any
+    ) -> JobRecord:
+        """Queue the fit; ``options`` as in ``api.schemas.ConceptIn`` (pooling, max_length)."""
+        body = {"id": concept_id, "model": model, "positive": positive, "negative": negative, "layer": layer}
+        return codec.from_plain(JobRecord, self._call("POST", "/v1/concepts", json=body | options))
+
+    def concepts(self) -> list[ConceptRecord]:
+        return self._items("/v1/concepts", ConceptRecord)
+
+    def concept(self, concept_id: str) -> ConceptRecord:
+        return codec.from_plain(ConceptRecord, self._call("GET", f"/v1/concepts/{concept_id}"))
+
+    def derive_concept(
+        self, concept_id: str, weights: Mapping[str, float], *, project_out: Sequence[str] = ()
+    ) -> ConceptRecord:
+        """Σ weight · direction, less its part in the span of ``project_out``: ``{"a": 1, "b": -1}`` is a − b."""
+        terms = [{"concept": name, "weight": weight} for name, weight in weights.items()]
+        body = {"id": concept_id, "terms": terms, "project_out": list(project_out)}
+        return codec.from_plain(ConceptRecord, self._call("POST", "/v1/concepts:derive", json=body))
+
+    def give_concept(
+        self, concept_id: str, vector: Sequence[float], *, model: str, layer: int, **options: Any
+    ) -> ConceptRecord:
+        """Register numbers as a direction; ``options``: pooling."""
+        body = {"id": concept_id, "model": model, "layer": layer, "vector": [float(each) for each in vector]}
+        return codec.from_plain(ConceptRecord, self._call("POST", "/v1/concepts:give", json=body | options))
+
+    def export_concept(self, concept_id: str, folder: Path) -> tuple[Path, Path]:
+        """Write ``ID.safetensors`` and ``ID.json`` into a folder; their paths."""
+        about = self._call("GET", f"/v1/concepts/{concept_id}/sidecar")
+        data = self._send("GET", f"/v1/concepts/{concept_id}/safetensors").content
+        folder.mkdir(parents=True, exist_ok=True)
+        tensor, sidecar = folder / f"{concept_id}.safetensors", folder / f"{concept_id}.json"
+        tensor.write_bytes(data)
+        sidecar.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return tensor, sidecar
+
+    def import_concept(
+        self, file: Path, *, concept_id: str | None = None, model: str | None = None, **where: Any
+    ) -> ConceptRecord:
+        """Register a safetensors file with the sidecar beside it (same name, ``.json``).
+
+        Without a sidecar ``concept_id``, ``model``, ``layer`` and ``pooling`` say what it is.
+        """
+        body = {"id": concept_id, "model": model, **where}
+        sidecar = file.with_suffix(".json")
+        if sidecar.is_file() and not where:
+            body["concept"] = json.loads(sidecar.read_text(encoding="utf-8"))
+        body["safetensors"] = base64.b64encode(file.read_bytes()).decode()
+        told = {name: value for name, value in body.items() if value is not None}
+        return codec.from_plain(ConceptRecord, self._call("POST", "/v1/concepts:import", json=told))
