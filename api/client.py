@@ -303,13 +303,14 @@ class Client(ConceptCalls):
         return None
 
     def groups(
-        self, *, index: str, group_by: str, concept: str | None = None, **options: Any
+        self, *, index: str, concept: str | None = None, group_by: str | None = None, **options: Any
     ) -> GroupsOut | JobRecord:
-        """Groups of examples by a metadata field, or the job that must end first.
+        """Groups of examples by a metadata field, or by ``clusters=N``; or the job that must end first.
 
-        ``options`` as in ``api.schemas_rankings.GroupsIn`` (method, order, k, sort, limit, …).
+        ``options`` as in ``api.schemas_rankings.GroupsIn`` (method, order, k, sort, limit, examples, terms, …).
         """
-        body = {"index": index, "concept": concept, "group_by": group_by, **options}
+        named = {} if group_by is None else {"group_by": group_by}
+        body = {"index": index, "concept": concept, **named, **options}
         response = self._send("POST", "/v1/queries/groups", json=body)
         if response.status_code == httpx.codes.ACCEPTED:
             return codec.from_plain(JobRecord, response.json())

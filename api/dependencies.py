@@ -8,6 +8,7 @@ from redis import Redis
 
 from service.contracts import JobRecord
 from service.directions import DirectionsService
+from service.groups import Groups
 from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
@@ -26,6 +27,7 @@ class Services:
     jobs: Jobs
     queries: QueryService
     whole: WholeRankings
+    groups: Groups
     directions: DirectionsService
     reranking: RerankService
 

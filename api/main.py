@@ -34,6 +34,7 @@ from api.version import VERSION
 from service import kernels
 from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
+from service.groups import Groups
 from service.jobs import Jobs
 from service.loading import IndexLoader
 from service.queries import QueryService
@@ -65,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     work = Jobs(redis)
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
+    whole = WholeRankings(ranked, loader)
     app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
     app.state.services = Services(
         settings=settings,
@@ -73,7 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
         registry=registry,
         jobs=work,
         queries=ranked,
-        whole=WholeRankings(ranked, loader),
+        whole=whole,
+        groups=Groups(whole, loader, storage, work),
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
     )

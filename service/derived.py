@@ -17,7 +17,6 @@ from service.storage import Storage, sha256_bytes
 from service.terms import Pooling
 
 GIVEN, DERIVED = "given", "derived"
-MOST = 64  # concepts of one recipe
 
 # Of the sum of the weights: less is what rounding unit vectors to float32 leaves of a sum that cancels.
 _LEAST_LENGTH = 1e-5

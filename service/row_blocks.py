@@ -46,6 +46,12 @@ class RowBlocks:
         """How many shards there are, and so how many blocks."""
         return len(self.manifest.sections[0].shards)
 
+    @property
+    def rows(self) -> int:
+        """How many rows the shards of the array hold, with those that are left out."""
+        own = next(section for section in self.manifest.sections if self.array in section.arrays)
+        return sum(reference.rows for reference in own.shards)
+
     def __iter__(self) -> Iterator[F32]:
         sections = self.manifest.sections
         own = next(number for number, section in enumerate(sections) if self.array in section.arrays)

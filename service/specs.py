@@ -11,6 +11,8 @@ from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademache
 
 MOST_IDS = 100_000  # deleted by one request
 ROWS_PER_SHARD = 65_536  # of a compacted index
+MOST_CLUSTERS = 256
+MOST_TERMS = 64  # concepts of one recipe
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,17 @@ class DirectionsSpec:
 
 
 @dataclass(frozen=True)
+class ClustersSpec:
+    """The centres of ``count`` clusters of one influence embedding."""
+
+    key: str
+    index: str
+    array: ArrayInfo
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class RerankSpec:
     """Exact EK-FAC scores of some examples of an index, for the question that ``array`` answers."""
 
@@ -206,6 +219,7 @@ JobSpec = (
     | VerifySpec
     | RepairSpec
     | DirectionsSpec
+    | ClustersSpec
     | RerankSpec
 )
 

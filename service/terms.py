@@ -113,6 +113,7 @@ class JobKind(StrEnum):
     VERIFY_INDEX = "verify_index"
     REPAIR_INDEX = "repair_index"
     DIRECTIONS = "directions"
+    CLUSTERS = "clusters"
     RERANK = "rerank"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from api.cli import app
-from api.client import Client
+from api.client import Client, WhenceError
 from api.schemas_evidence import DirectionsOut, RerankOut
+from api.schemas_rankings import GroupsOut
 from service.contracts import Completion, JobRecord
 from service.terms import JobKind
 from tests import tiny
@@ -66,6 +67,22 @@ def test_a_rerank_is_a_job_and_then_an_answer(built, client: Client):
         assert hit.approximate_score == pytest.approx(before.score, rel=1e-5)
     assert answer.concept.id == "ev"
     assert answer.seconds > 0
+
+
+def test_clusters_are_found_by_a_job_and_shown_by_the_command(built, client: Client):
+    asked = ["--index", "evidence", "--concept", "ev", "--method", "concept_influence", "--query-set", "ev-q"]
+    result = CliRunner().invoke(app, ["groups", *asked, "--clusters", "3", "--url", client.url])
+    assert result.exit_code == 0, result.output
+    assert "cluster" in result.output
+    assert "mean cosine of an example with the centre of its cluster" in result.output
+    answer = client.groups(**ASKED, clusters=3, k=5)
+    assert isinstance(answer, GroupsOut)
+    assert (answer.group_by, answer.clusters, answer.total) == (None, 3, len(answer.groups))
+    assert sum(group.count for group in answer.groups) == answer.rows
+    assert sum(group.share_of_top for group in answer.groups) == pytest.approx(1)
+    assert all(group.low <= group.mean <= group.high for group in answer.groups if group.count > 1)
+    with pytest.raises(WhenceError, match="name one of them"):
+        client.groups(**ASKED, clusters=3, group_by="number")
 
 
 def test_a_loss_query_needs_two_jobs_and_settle_waits_for_both(built, client: Client):

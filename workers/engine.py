@@ -16,6 +16,7 @@ from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
 from service.specs import (
     BuildIndexSpec,
+    ClustersSpec,
     DirectionsSpec,
     EstimateSpec,
     ExtendIndexSpec,
@@ -30,7 +31,7 @@ from service.specs import (
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import directions_job, probes, repair, rerank, tokens
+from workers import clusters, directions_job, probes, repair, rerank, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -75,6 +76,8 @@ class RayEngine:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
             case JobKind.DIRECTIONS:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
+            case JobKind.CLUSTERS:
+                return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
@@ -204,6 +207,10 @@ class RayEngine:
     def _directions(self, spec: DirectionsSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         return directions_job.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _clusters(self, spec: ClustersSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return clusters.compute(stages, spec, indexes.read_manifest(self._storage, index))
 
     def _rerank(self, spec: RerankSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
