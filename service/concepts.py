@@ -4,12 +4,13 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from service import saes
 from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
 from service.registry import CONCEPTS, Registry
 from service.rows import F32
 from service.storage import Storage
-from service.terms import IndexKind
+from service.terms import IndexKind, Pooling
 
 TENSOR = "direction"
 
@@ -25,8 +26,23 @@ def publish(storage: Storage, registry: Registry, record: ConceptRecord, tensor:
     registry.add(CONCEPTS, record.id, record)
 
 
+def get(
+    registry: Registry, concept_id: str, *, param: str = "concept", pooling: Pooling | None = None
+) -> ConceptRecord:
+    """A registered concept, or the feature of an SAE: ``sae:ID/N``, with ``pooling`` where the SAE has none.
+
+    Raises NotFound, and Invalid for a feature without a direction.
+    """
+    feature = saes.split(concept_id)
+    if feature is None:
+        return registry.get(CONCEPTS, concept_id, param=param)
+    return saes.concept(registry, *feature, param=param, pooling=pooling)
+
+
 def direction(storage: Storage, record: ConceptRecord) -> F32:
     """v̂, (width,) float32 with unit norm; Damaged when the file is not what was registered."""
+    if saes.split(record.id) is not None:
+        return saes.direction(storage, record)
     data = storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
     return load_safetensors(data)[TENSOR]
 

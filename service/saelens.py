@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save as save_safetensors
+
 from service.errors import Invalid
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
@@ -76,7 +80,7 @@ def parse(config: Any, scaler: Any = None) -> SaeConfig:
         )
         raise Invalid("sae_architecture", detail, param="architecture")
     d_in, d_sae = _count(flat, "d_in"), _count(flat, "d_sae")
-    if architecture == "topk" and (not _is_count(k) or k > d_sae):
+    if architecture == "topk" and not (isinstance(k, int) and _is_count(k) and k <= d_sae):
         raise _not_an_sae(f"a topk SAE of {d_sae} features needs its k, and has {k!r}", "k")
     name, layer = _hook(flat)
     normalisation, scale = _normalisation(flat.get("normalize_activations"), scaler)
@@ -116,6 +120,11 @@ def write(config: SaeConfig, metadata: Mapping[str, Any]) -> bytes:
         "metadata": {**about, "hook_name": config.hook_name, **metadata},
     }
     return json.dumps(plain, indent=2, ensure_ascii=False).encode()
+
+
+def weights(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """``sae_weights.safetensors``; the same tensors give the same bytes."""
+    return save_safetensors({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
 
 
 def hook_of(layer: int) -> str:

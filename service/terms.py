@@ -114,6 +114,8 @@ class JobKind(StrEnum):
     REPAIR_INDEX = "repair_index"
     DIRECTIONS = "directions"
     RERANK = "rerank"
+    TRAIN_SAE = "train_sae"
+    ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

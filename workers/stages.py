@@ -60,6 +60,10 @@ class Stages:
         self._careful = careful
         self.prefix = ""  # in front of every stage's name: which checkpoint it is about
 
+    def telling(self, context: JobContext) -> "Stages":
+        """The same workers for another context: one that tells something else of what they do."""
+        return Stages(self.storage, self._pool, context, careful=self._careful)
+
     # --- rows ---------------------------------------------------------------------------------------
 
     def rows(

@@ -3,8 +3,8 @@
     PYTHON_WITH_SAE_LENS tests/data/make_saelens.py tests/data/saelens
 
 Made by sae-lens 6.54.12 (benchmarks/peers/saelens.txt). ``expected.safetensors`` of a folder holds ``inputs``
-(n, 8), ``features`` (n, 16) and ``rebuilt`` (n, 8): what ``SAE.load_from_disk`` of that very folder says. Old formats,
-which this version of the library reads and no longer writes, are its own weights under an old cfg.json.
+(n, 8), ``features`` (n, 16) and ``rebuilt`` (n, 8): what ``SAE.load_from_disk`` of that very folder says. Old
+formats, which this version of the library reads and no longer writes, are its own weights under an old cfg.json.
 """
 
 import json
