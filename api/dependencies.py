@@ -12,6 +12,8 @@ from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -28,6 +30,8 @@ class Services:
     whole: WholeRankings
     directions: DirectionsService
     reranking: RerankService
+    features: FeaturesService
+    views: ViewService
 
 
 async def _services(request: Request) -> Services:

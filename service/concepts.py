@@ -1,15 +1,17 @@
 """Concepts at rest, and the rule which model's concept may be asked of which index."""
 
+from dataclasses import replace
+
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from service import saes
+from service import codec, saes
 from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
-from service.registry import CONCEPTS, Registry
+from service.registry import CONCEPTS, SAES, Registry, check_id
 from service.rows import F32
-from service.storage import Storage
+from service.storage import Storage, sha256_bytes
 from service.terms import IndexKind, Pooling
 
 TENSOR = "direction"
@@ -45,6 +47,29 @@ def direction(storage: Storage, record: ConceptRecord) -> F32:
         return saes.direction(storage, record)
     data = storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
     return load_safetensors(data)[TENSOR]
+
+
+def publish_feature(
+    registry: Registry, concept_id: str, sae_id: str, feature: int, *, pooling: Pooling | None, param: str
+) -> ConceptRecord:
+    """A feature of an SAE as a registered concept. The same one again is no error; raises Conflict, NotFound,
+    Invalid.
+    """
+    check_id(concept_id, param="id")
+    made = saes.concept(registry, sae_id, feature, param=param, pooling=pooling)
+    if pooling not in {None, made.pooling}:
+        detail = f"SAE {sae_id!r} was trained on rows pooled by {made.pooling}, not by {pooling}."
+        raise Invalid("sae_of_other_pooling", detail, param="pooling")
+    tensor = to_safetensors(saes.direction(registry.storage, made))
+    label = saes.labels(registry.storage, registry.get(SAES, sae_id)).of(feature)
+    provenance = {**made.provenance, **({"label": label} if label else {})}
+    about = {"provenance": provenance, "sha256": sha256_bytes(tensor), "created_at": codec.now()}
+    record = replace(made, id=concept_id, **about)
+    known = registry.find(CONCEPTS, concept_id)
+    if known is not None and (known.sha256, known.provenance.get("sae")) == (record.sha256, sae_id):
+        return known
+    publish(registry.storage, registry, record, tensor)
+    return record
 
 
 def check_fits(

@@ -198,14 +198,14 @@ def _warnings(
         said.append(f"SAE {record.id!r} belongs to {record.model!r}, the index to {index.model!r}.")
     if array.embedding is not None and array.embedding.points == 1:
         said.append(
-            f"Evaluated at {index.model!r} only, not along its training run: where fine-tuning has overshot, the end "
-            "point can turn signs round. Declare the run's base or checkpoints and build again."
+            f"Evaluated at {index.model!r} only, not along its training run: where fine-tuning has overshot, the "
+            "end point can turn signs round. Declare the run's base or checkpoints and build again."
         )
     low = [each for each in shown if each.captured < _LOW_SHARE]
     if low:
         said.append(
-            f"The index's directions capture less than {_LOW_SHARE:.0%} of {len(low)} of the features shown (the least: "
-            f"{min(each.captured for each in low):.0%}): build it with a higher rank, or with them as directions "
-            "(sae:ID/N)."
+            f"The index's directions capture less than {_LOW_SHARE:.0%} of {len(low)} of the features shown (the "
+            f"least: {min(each.captured for each in low):.0%}): build it with a higher rank, or with them as "
+            "directions (sae:ID/N)."
         )
     return tuple(said)
