@@ -253,8 +253,8 @@ def show_view(found: ViewOut) -> None:
     points = f"summed over {found.points} points of the run" if found.points > 1 else "at the end of the run"
     line = (
         f"{found.rows} examples of {found.index}: influence on {found.features} features of {found.sae}, layer "
-        f"{found.layer}, query set {found.query_set}, {found.concept_function}, damping {found.damping:g}; {points}; "
-        f"{found.total_ms:.1f} ms in the server"
+        f"{found.layer}, query set {found.query_set}, {found.concept_function}, damping {found.damping:g}; "
+        f"{points}; {found.total_ms:.1f} ms in the server"
     )
     _end(line, found.warnings)
 

@@ -1,4 +1,4 @@
-"""SAEs through planner, job and reader as the api runs them: training, features, views, and features as concepts."""
+"""SAEs through planner, job and reader as the api runs them: training, features, views, features as concepts."""
 
 import json
 from collections.abc import Iterator
@@ -170,6 +170,11 @@ def test_the_job_reports_what_came_of_it_and_publishes_a_folder_of_saelens(world
     assert done.l0 == pytest.approx((sae.encode(held, held_out)[0] > 0).sum(axis=1).mean())
 
 
+def states(lab) -> list[Path]:
+    """Files of trainings that have not come to their end."""
+    return list((Path(lab.storage.root) / "artifacts").rglob("state.safetensors"))
+
+
 def test_a_training_that_was_interrupted_goes_on_and_comes_out_the_same(world, tmp_path):
     lab = world.lab
     spec = plan_training(replace(REQUEST, id="again", seed=5), lab.registry)
@@ -177,18 +182,27 @@ def test_a_training_that_was_interrupted_goes_on_and_comes_out_the_same(world, t
         "job-x", JobKind.TRAIN_SAE, codec.to_plain(spec), JobState.RUNNING, 1, 1, codec.now(), codec.now()
     )
 
-    class Stopped(Quiet):
-        seen = 0
+    told = []
+
+    class Watched(Quiet):
+        most = 60
 
         def progress(self, stage, done, total, **rest):
             assert (stage, total) == ("training", 60)
-            if done > 30:
+            told.append(done)
+            if done > self.most:
                 raise Interrupted("interrupted", "The dispatcher is leaving.")
 
     with pytest.raises(Interrupted):
-        lab.engine.run(job, Stopped(job, {}))
+        stopped = Watched(job, {})
+        stopped.most = 30
+        lab.engine.run(job, stopped)
     assert lab.registry.find(SAES, "again") is None
-    lab.engine.run(job, Quiet(job, {}))
+    assert len(states(lab)) == 1  # of the last part; those before it made room
+    told.clear()
+    lab.engine.run(job, Watched(job, {}))
+    assert told[0] == 30
+    assert states(lab) == []
     record = lab.registry.get(SAES, "again")
     lab.run(JobKind.TRAIN_SAE, replace(spec, id="twin"))  # all of it is there already
     assert lab.registry.get(SAES, "twin").files == record.files

@@ -1,6 +1,7 @@
 """Jobs about sparse autoencoders: train one on an index's activations, and encode an index with one."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from service import artifacts, codec, sae, sae_features, saelens, saes
@@ -12,10 +13,10 @@ from service.sae_tally import Tally, kept_per_example
 from service.saelens import CONFIG, WEIGHTS, SaeConfig
 from service.specs import IndexManifest
 from service.tasks import Artifact
-from workers.stages import Stages
+from workers.stages import Stages, key_of
 from workers.works.sae import SAE
 
-_PARTS = 10  # of a training: each leaves its state, from which a resumed job goes on
+_PARTS = 10  # of a training
 
 
 def train(stages: Stages, registry: Registry, spec: TrainSaeSpec, index: IndexRecord) -> dict[str, object]:
@@ -49,22 +50,27 @@ def train(stages: Stages, registry: Registry, spec: TrainSaeSpec, index: IndexRe
 
 
 def _trained(stages: Stages, spec: TrainSaeSpec, index: IndexRecord) -> Artifact:
-    """The last state of the training; those before it are there while it goes on."""
-    recipe, state = spec.recipe, None
-    ends = [recipe.steps * (part + 1) // _PARTS for part in range(_PARTS)]
+    """What the last part of the training leaves. Each part goes on from the state of the one before, which is then
+    deleted; a job that comes back begins after the last that is there.
+    """
+    steps = spec.recipe.steps
+    ends = sorted({steps * (part + 1) // _PARTS for part in range(_PARTS)} - {0})
+    works: list[TrainSaeWork] = []
+    for start, stop in pairwise([0, *ends]):
+        state = key_of(works[-1]) if works else None
+        works.append(TrainSaeWork(index.id, index.manifest_sha256, spec.array, spec.recipe, start, stop, state))
+    there = [
+        number for number, work in enumerate(works) if artifacts.made(stages.storage, key_of(work)) is not None
+    ]
     silent = stages.telling(_Silent(stages.context))
-    found: Artifact | None = None
-    start = 0
-    for stop in ends:
-        if stop == start:
-            continue
-        work = TrainSaeWork(index.id, index.manifest_sha256, spec.array, recipe, start, stop, state)
-        stages.context.progress("training", start, recipe.steps, unit="steps")
+    resumed = works[there[-1]].start if there else 0
+    for work in works[there[-1] if there else 0 :]:
+        stages.context.progress("training", work.start, steps, unit="steps", resumed=resumed)
         (found,) = silent.artifacts("training", [work])
-        start, state = stop, found.key
-    assert found is not None  # noqa: S101  (there is a step at least)
-    stages.context.progress("training", recipe.steps, recipe.steps, unit="steps")
-    return found
+        if work.state is not None:
+            artifacts.remove(stages.storage, work.state)
+    stages.context.progress("training", steps, steps, unit="steps", resumed=resumed)
+    return found  # pyright: ignore[reportPossiblyUnboundVariable]  (there is a step at least)
 
 
 def _files(

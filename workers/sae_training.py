@@ -23,6 +23,7 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 6.25e-10  # of Adam, as in section A.1 th
 _DECAY = 0.2  # of the steps, at the end, over which the learning rate falls to zero
 _DEAD_PASSES = 2  # a feature is dead that has fired on no row for so many passes over them
 _MEDIAN_STEPS = 32
+_SAME = 1e-5  # of their norm: rows that are no further apart than rounding puts them
 
 
 @dataclass
@@ -56,7 +57,7 @@ def begin(rows: Tensor, recipe: SaeRecipe) -> State:
     """A state before the first step, for ``rows`` (n, d) float32. Raises Invalid when all of them are equal."""
     median = geometric_median(rows)
     distance = float((rows - median).norm(dim=1).double().mean())
-    if not distance > 0:
+    if not distance > _SAME * float(rows.norm(dim=1).double().mean()):
         raise Invalid("no_variance", "All rows are the same: there is nothing to learn.", param="index")
     d, f = rows.shape[1], recipe.features
     scale = d**0.5 / distance

@@ -26,7 +26,7 @@ FEWEST_ROWS = 32
 
 
 def train(work: TrainSaeWork, storage: Storage, _loaded: Loaded | None, _examples: Sequence[Example]) -> Result:
-    """The state after step ``stop``; after the last one the weights of raw rows too, and what they are worth."""
+    """The state after step ``stop``; after the last one the weights for raw rows, and what they are worth."""
     began = time.perf_counter()
     recipe = work.recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,13 +45,14 @@ def train(work: TrainSaeWork, storage: Storage, _loaded: Loaded | None, _example
         before = float(artifact.facts["seconds"])
     state = sae_training.advance(state, rows, recipe, work.start, work.stop)
     facts: dict[str, float | int | str] = {"scale": state.scale, "variance": state.variance}
-    files = {STATE: {name: each.cpu().numpy() for name, each in state.flat().items()}}
-    if not all(np.isfinite(each).all() for each in files[STATE].values()):
+    tensors = {name: each.cpu().numpy() for name, each in state.flat().items()}
+    if not all(np.isfinite(each).all() for each in tensors.values()):
         detail = f"Training diverged before step {work.stop}: lower the learning_rate ({recipe.learning_rate:g})."
         raise Invalid("sae_diverged", detail, param="learning_rate")
+    files = {STATE: tensors}
     if work.stop == recipe.steps:
         weights = {name: each.cpu().numpy() for name, each in sae_training.raw(state).items()}
-        files[SAE] = weights
+        files = {SAE: weights}
         facts |= _worth(weights, training, held_out, recipe)
     facts["seconds"] = round(before + time.perf_counter() - began, 3)
     return files, facts
