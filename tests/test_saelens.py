@@ -45,15 +45,22 @@ def test_every_architecture_and_format_is_among_them():
 
 
 def test_the_live_library_agrees(tmp_path):
-    """Opt-in: the library itself makes the folders anew (`make peers`, or SAELENS_PYTHON)."""
+    """Opt-in: the library makes the folders anew, and loads one of ours (`make peers`, or SAELENS_PYTHON)."""
     python = Path(os.environ.get("SAELENS_PYTHON", ".peers/saelens/bin/python"))
     if not python.exists():
         pytest.skip(f"no {python}: `make peers` installs SAELens in an environment of its own")
-    script = STORED.parent / "make_saelens.py"
-    done = subprocess.run([python, script, tmp_path], capture_output=True, text=True, check=False)
+    rng, ours, theirs = np.random.default_rng(0), tmp_path / "ours", tmp_path / "theirs"
+    config = saelens.SaeConfig("topk", 12, 20, saelens.hook_of(3), 3, k=4, model_name="m")
+    shapes = {"W_enc": (12, 20), "W_dec": (20, 12), "b_enc": 20, "b_dec": 12}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    ours.mkdir()
+    (ours / saelens.CONFIG).write_bytes(saelens.write(config, {"whence": {"pooling": "response_mean"}}))
+    (ours / saelens.WEIGHTS).write_bytes(saelens.weights(weights))
+    command = [python, STORED.parent / "make_saelens.py", theirs, ours]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == FOLDERS
-    for folder in tmp_path.iterdir():
+    assert sorted(path.name for path in theirs.iterdir()) == FOLDERS
+    for folder in (ours, *theirs.iterdir()):
         agrees(folder)
 
 

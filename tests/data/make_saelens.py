@@ -1,10 +1,11 @@
 """Tiny SAEs in SAELens' own folders, with the library's features and reconstructions of some inputs.
 
-    PYTHON_WITH_SAE_LENS tests/data/make_saelens.py tests/data/saelens
+    PYTHON_WITH_SAE_LENS tests/data/make_saelens.py tests/data/saelens [FOLDER…]
 
 Made by sae-lens 6.54.12 (benchmarks/peers/saelens.txt). ``expected.safetensors`` of a folder holds ``inputs``
 (n, 8), ``features`` (n, 16) and ``rebuilt`` (n, 8): what ``SAE.load_from_disk`` of that very folder says. Old
 formats, which this version of the library reads and no longer writes, are its own weights under an old cfg.json.
+Further folders, whoever made them, are loaded and get an ``expected.safetensors`` too.
 """
 
 import json
@@ -52,7 +53,7 @@ OLD: dict[str, tuple[str, dict[str, Any]]] = {  # whose weights, under which cfg
 }
 
 
-def make(out: Path) -> None:
+def make(out: Path, others: list[Path]) -> None:
     from sae_lens import SAE
     from sae_lens.saes.sae import SAEConfig
 
@@ -76,12 +77,14 @@ def make(out: Path) -> None:
         save_file(weights, out / name / "sae_weights.safetensors")
         (out / name / "cfg.json").write_text(json.dumps(about))
         expect(SAE, out / name, generator)
+    for folder in others:
+        expect(SAE, folder, generator)
     save_file({"sparsity": torch.linspace(-4, 0, F)}, out / "standard" / "sparsity.safetensors")
 
 
 def expect(library: Any, folder: Path, generator: torch.Generator) -> None:
     sae = library.load_from_disk(folder)
-    inputs = 2 * torch.randn(N, D, generator=generator) + 0.5
+    inputs = 2 * torch.randn(N, sae.cfg.d_in, generator=generator) + 0.5
     with torch.no_grad():
         features = sae.encode(inputs)
         rebuilt = sae.decode(features)
@@ -91,4 +94,4 @@ def expect(library: Any, folder: Path, generator: torch.Generator) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), [Path(each) for each in sys.argv[2:]])
