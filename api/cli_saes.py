@@ -82,7 +82,10 @@ def train(
         int | None, typer.Option("-k", help="That fire on a row. Default: a third of them, at most 32.", min=1)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Default: 20 passes, 2,000 at least.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam; falls to zero over the last fifth.", min=0)] = 1e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of Adam; falls to zero over the last fifth. Default: 2e-4 · √(16,384 / features)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and held-out rows.", min=0)] = 0,
     url: Url = DEFAULT_URL,
     detach: Detach = False,
@@ -92,9 +95,9 @@ def train(
     Few features for few rows: with more, what one feature could say is split over several. Example:
     `whence saes train tone --index train --features 24 -k 8`.
     """
-    about = {"layer": layer, "features": features, "k": k, "steps": steps}
+    about = {"layer": layer, "features": features, "k": k, "steps": steps, "learning_rate": learning_rate}
     with connect(url) as client:
-        job = client.train_sae(sae_id, index=index, learning_rate=learning_rate, seed=seed, **about)
+        job = client.train_sae(sae_id, index=index, seed=seed, **about)
         follow_job(client, job, detach)
 
 

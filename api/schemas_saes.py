@@ -37,7 +37,13 @@ class SaeTrainIn(Request):
     batch: int | None = Field(
         None, ge=1, le=1 << 20, description="Rows of a step. Default: a quarter, at most 1,024"
     )
-    learning_rate: float = Field(1e-3, gt=0, le=1, allow_inf_nan=False)
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Of Adam. Default: 2e-4 · √(16,384 / features), at most 0.01",
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1)
     auxiliary: float = Field(
         1 / 32, ge=0, le=10, allow_inf_nan=False, description="Weight of the dead features' loss"

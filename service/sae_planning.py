@@ -16,7 +16,7 @@ _MOST_K = 32  # as Gao et al. have it
 
 @dataclass(frozen=True)
 class TrainSaeRequest:
-    """``features``, ``k``, ``batch`` and ``steps`` None: by the size of what there is."""
+    """``features``, ``k``, ``batch``, ``steps`` and ``learning_rate`` None: by the size of what there is."""
 
     id: str
     index: str
@@ -25,7 +25,7 @@ class TrainSaeRequest:
     k: int | None
     steps: int | None
     batch: int | None
-    learning_rate: float
+    learning_rate: float | None
     seed: int
     auxiliary: float
     held_out: float
@@ -64,7 +64,7 @@ def plan_training(request: TrainSaeRequest, registry: Registry) -> TrainSaeSpec:
         k=k,
         steps=request.steps or default_steps(rows, batch),
         batch=batch,
-        learning_rate=request.learning_rate,
+        learning_rate=request.learning_rate or default_learning_rate(features),
         seed=request.seed,
         auxiliary=request.auxiliary,
         held_out=request.held_out,
@@ -75,9 +75,16 @@ def plan_training(request: TrainSaeRequest, registry: Registry) -> TrainSaeSpec:
 
 def default_features(rows: int, width: int) -> int:
     """One for every twenty rows, 8 at least and 8 for each dimension at most: with more, what one feature could say
-    is split over several (docs/benchmarks.md).
+    is split over several (docs/decisions/0019).
     """
     return min(max(8, min(rows // _ROWS_PER_FEATURE, 8 * width)), MOST_NUMBERS // width)
+
+
+def default_learning_rate(features: int) -> float:
+    """2e-4 at 16,384 features and as 1/√features, at most 0.01: the scaling of Gao et al. (Figure 3) as EleutherAI's
+    sparsify sets it.
+    """
+    return min(0.01, 2e-4 * (16_384 / features) ** 0.5)
 
 
 def default_steps(rows: int, batch: int) -> int:
