@@ -145,10 +145,11 @@ def label(
     as_json: AsJson = False,
 ) -> None:
     """Say what a feature means: `whence saes label tone 7 "rude answers"`, or many `--from labels.json`."""
-    if (file is None) == (feature is None or text is None):
+    said: dict[int, str] = {feature: text} if feature is not None and text is not None else {}
+    if bool(said) == (file is not None):
         raise typer.BadParameter("Give a feature and a text, or --from a file of them.")
     try:
-        said = {feature: text} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        said = said if file is None else json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise typer.BadParameter(f"--from {file}: {error}") from None
     with connect(url) as client:

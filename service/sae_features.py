@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, example_ids, indexes, saes
+from service import artifacts, codec, damage, example_ids, indexes, saes
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, Example, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
@@ -92,6 +92,7 @@ class FeaturesService:
         self._loader = loader
         self._tables: LoadingCache[dict[str, NDArray[Any]] | None] = LoadingCache(_KEPT_BYTES, _bytes_of)
 
+    @damage.told
     def run(self, request: FeaturesRequest) -> Features | JobRecord:
         """What fires where, or the job that encodes the index. Raises NotFound and Invalid naming the field."""
         index = indexes.resolve(self._registry, request.index)

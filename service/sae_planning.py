@@ -81,8 +81,8 @@ def default_features(rows: int, width: int) -> int:
 
 
 def default_learning_rate(features: int) -> float:
-    """2e-4 at 16,384 features and as 1/√features, at most 0.01: the scaling of Gao et al. (Figure 3) as EleutherAI's
-    sparsify sets it.
+    """2e-4 at 16,384 features and as 1/√features, at most 0.01: the scaling of Gao et al. (Figure 3), as
+    EleutherAI's sparsify sets it.
     """
     return min(0.01, 2e-4 * (16_384 / features) ** 0.5)
 

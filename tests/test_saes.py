@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from benchmarks.lab import Quiet
 from service import artifacts, codec, concepts, filters, indexes, sae, saelens, saes
+from service.cache import LoadingCache
 from service.contracts import JobRecord
-from service.errors import Conflict, Interrupted, Invalid, NotFound
+from service.errors import Conflict, Damaged, Interrupted, Invalid, NotFound
 from service.loading import IndexLoader
 from service.queries import QueryService
 from service.questions import Query, Weighted
@@ -84,7 +85,7 @@ def trained(rows: torch.Tensor, recipe: SaeRecipe) -> tuple[sae_training.State, 
 
 def test_training_finds_planted_directions_and_explains_rows_it_has_not_seen():
     rows, directions = planted(0)
-    recipe = replace(RECIPE, features=24, k=3, steps=2000, batch=128)
+    recipe = replace(RECIPE, features=24, k=3, steps=800, batch=128, learning_rate=3e-3)
     training, held_out = split(rows.numpy(), recipe)
     _, held = trained(torch.from_numpy(training), recipe)
     cosines = saes.directions(held) @ directions.T
@@ -227,8 +228,12 @@ def test_a_training_that_cannot_be_is_refused(world, change, code, param):
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
-def test_few_rows_make_few_features():
+def test_few_rows_make_few_features_and_few_features_a_higher_rate(world):
     assert [default_features(rows, 48) for rows in (80, 480, 10**9)] == [8, 24, 384]
+    left_out = dict.fromkeys(("features", "k", "steps", "batch", "learning_rate"))
+    recipe = plan_training(replace(REQUEST, id="n", **left_out), world.lab.registry).recipe
+    assert (recipe.features, recipe.k, recipe.steps, recipe.batch) == (8, 2, 2000, 20)
+    assert recipe.learning_rate == pytest.approx(2e-4 * (16_384 / 8) ** 0.5)
 
 
 # --- importing --------------------------------------------------------------------------------------------
@@ -421,6 +426,21 @@ def test_a_tally_in_pieces_is_the_tally_of_the_whole(monkeypatch):
     empty = Tally(9, keep=2).finish()
     assert (len(empty["l0"]), empty["feature_starts"].tolist()) == (0, [0] * 10)
     assert strongest(sae.sparse(dense[:0]), 2).rows == 0
+
+
+def test_damaged_weights_are_told_with_their_file_and_never_used(world, monkeypatch):
+    monkeypatch.setattr(saes, "_kept", LoadingCache(1))
+    path = Path(world.lab.storage.root) / saes.folder(world.sae) / saelens.WEIGHTS
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    try:
+        for call in (lambda: view(world), lambda: ask(world, concept="sae:s/7")):
+            with pytest.raises(Damaged, match="again, under another id") as caught:
+                call()
+            assert caught.value.param == f"{saes.folder(world.sae)}/{saelens.WEIGHTS}"
+    finally:
+        path.write_bytes(intact)
+    assert view(world).rows == 80
 
 
 # --- the view of a dataset --------------------------------------------------------------------------------
