@@ -1,9 +1,9 @@
 """Are the poisoned examples found? The stories organism, by the method and pooling that a validation split chose.
 
 Half of the training examples are a validation split whose labels are known: each method with each pooling ranks
-them; the one with the highest average precision is then asked about the other half, which alone is reported. Methods
-that compare activations use the difference of means between twins that are in no training data, pooled alike;
-``influence_function`` asks for the loss on the query set.
+them; the one with the highest average precision is then asked about the other half, which alone is reported.
+Methods that compare activations use the difference of means between twins that are in no training data, pooled
+alike; ``influence_function`` asks for the loss on the query set.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """Does taking out what ranks highest change the model? The persona organism, fine-tuned again without a quarter.
 
-The examples are ranked by ``concept_influence`` along the run, as an index of the service ranks them. Then the base
-is fine-tuned on all of them, and without the quarter that ranks highest, the quarter that ranks lowest, and a random
-quarter (another one for every training seed). A pair is two of these with one training seed; f_v is that of the
-concept on the query set, the trait rate the share of hostile answers that the model gives to its prompts.
+The examples are ranked by ``concept_influence`` along the run, as an index of the service ranks them. Then the
+base is fine-tuned on all of them, and without the quarter that ranks highest, the quarter that ranks lowest, and
+a random quarter (another one for every training seed). A pair is two of these with one training seed; f_v is that
+of the concept on the query set, the trait rate the share of hostile answers that the model gives to its prompts.
 """
 
 from collections.abc import Sequence
