@@ -29,10 +29,12 @@ def publish(
     facts: Mapping[str, float | int | str] | None = None,
     versions: Mapping[str, str] | None = None,
     answer: bool = False,
+    by_content: bool = False,
 ) -> Artifact:
     """Store each entry of ``tensors`` (file stem → named arrays) and then the manifest.
 
-    ``answer``: nothing is computed from it, so a damaged one may be replaced by whatever is computed now; others by
+    ``answer``: nothing is computed from it, so a damaged one may be replaced by whatever is computed now.
+    ``by_content``: the key is a hash of the tensors, so a damaged one may be replaced by what has it. Others by
     their like alone, or Damaged (``cannot_repair_exactly``) is raised.
     """
     files = {
@@ -41,7 +43,7 @@ def publish(
     }
     hashes = {name: sha256_bytes(data) for name, data in files.items()}
     artifact = Artifact(key, dict(facts or {}), hashes, dict(versions or {}))
-    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer)
+    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer, by_content=by_content)
 
 
 def find(storage: Storage, key: str) -> Artifact | None:

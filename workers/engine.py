@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from service import artifacts, codec, concepts, indexes, models
+from service import artifacts, codec, concepts, indexes, models, succession
 from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
@@ -136,9 +136,10 @@ class RayEngine:
 
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
-        stages.context.check()
         build = {**described(job), "created_at": record.created_at}
-        indexes.publish(self._storage, self._registry, record, manifest, build)
+        with succession.turn(self._redis, record.name):  # an append that is about to be published looks for this
+            stages.context.check()
+            indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
 
