@@ -114,7 +114,9 @@ def install(app: FastAPI) -> None:
             return problem(request, 400, "invalid_json", detail, param="body")
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
-        return problem(request, error.status_code, code, detail)
+        response = problem(request, error.status_code, code, detail)
+        response.headers.update(error.headers or {})  # of a 405: what is allowed
+        return response
 
     @app.exception_handler(RedisConnectionError)
     @app.exception_handler(RedisTimeoutError)

@@ -306,6 +306,8 @@ class Registry:
             return None
         except Damaged as error:
             raise Damaged("damaged_record", error.detail, param=file, context=error.context) from error
+        if (held := cast("Any", record).id) != item_id:
+            raise Damaged("damaged_record", f"{file} is the record of {held!r}.", param=file)
         return record, results.sealed(record)
 
     def _tell(self, collection: Collection[Any], item_id: str, text: str | bytes, *, make: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, indexes
+from service import artifacts, codec, damage, indexes
 from service.contracts import ArrayInfo, ConceptRecord, Example, IndexRecord, JobRecord
 from service.errors import Invalid
 from service.jobs import Jobs
@@ -82,6 +82,7 @@ class RerankService:
         self._queries = queries
         self._settings = settings
 
+    @damage.told
     def run(self, query: Query, candidates: int) -> Reranked | JobRecord:
         """The first ``candidates`` of the query's ranking by exact score, cut to its k; or the job that must run
         first: the query's own, then the one that scores. Raises as ``QueryService.run``, and Invalid where nothing

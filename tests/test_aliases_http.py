@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from api import cli, etags
 from api.client import Client, WhenceError
+from api.transport import checked
 from service import codec
 from service.aliases import Condition
 from service.contracts import AliasRecord
@@ -234,3 +235,43 @@ def test_the_command_line_rebuilds_and_fails_on_damage(url: str, redis: Redis, s
     assert "indexes 4, newest 2, aliases 0" in " ".join(run(url, "registry", "rebuild").split())
     storage.write("models/m/record.json", b"{")
     assert "damaged: models/m/record.json" in run(url, "registry", "rebuild", status=1)
+
+
+def test_a_damaged_alias_is_told_with_the_command_that_mends_it(
+    url: str, http: httpx.Client, storage: Storage, redis: Redis
+) -> None:
+    run(url, "aliases", "set", "prod", "a@v1")
+    storage.write("aliases/prod/record.json", storage.read("aliases/prod/record.json").replace(b"a@v1", b"a@v2"))
+    redis.flushall()
+    query = {"index": "prod", "concept": "c"}
+    asked = [
+        http.post("/v1/queries", json=query),
+        http.get(PROD),
+        put(http, "a@v3"),
+        *(http.request(method, f"/v1/indexes/prod{path}") for method, path in [("GET", ""), ("POST", "/verify")]),
+        http.post("/v1/indexes/prod/repair"),
+    ]
+    for problem in asked:
+        assert problem.status_code == 503, problem.text
+        told = problem.json()
+        assert (told["code"], told["file"]) == ("damaged_record", "aliases/prod/record.json")
+        assert told["repair"] == "whence aliases set prod INDEX --force"
+        assert told["detail"].startswith("aliases/prod/record.json is damaged: it is not what was written. Set it")
+        assert "retry-after" not in problem.headers
+    assert "alias prod: a@v3" in run(url, "aliases", "set", "prod", "a@v3", "--force")
+    assert http.get("/v1/indexes/prod").json()["version"] == 3
+
+
+def test_a_method_that_a_path_does_not_have_is_told_with_those_it_has(http: httpx.Client) -> None:
+    refused = http.post(PROD, json={})
+    assert (refused.status_code, refused.json()["code"]) == (405, "method_not_allowed")
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert set(refused.headers["allow"].replace(" ", "").split(",")) <= {"PUT", "GET", "DELETE", "HEAD"}
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'"no"', b"null", b"\xff"])
+def test_the_page_of_a_proxy_is_an_error_of_the_client_as_well(body: bytes) -> None:
+    answer = httpx.Response(502, content=body, request=httpx.Request("GET", "http://proxy/v1/jobs"))
+    with pytest.raises(WhenceError, match="http://proxy/v1/jobs answered 502") as told:
+        checked(answer)
+    assert (told.value.status, told.value.code) == (502, "not_whence")
