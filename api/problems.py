@@ -1,6 +1,7 @@
 """Every error as an RFC 9457 problem document: the one place where domain errors meet status codes."""
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +19,7 @@ from service import damage, errors
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+_LONGEST = 2_000  # characters of one text in a problem
 
 _STATUS: dict[type[errors.DomainError], int] = {
     errors.NotFound: 404,
@@ -61,11 +63,25 @@ def problem(
     body = {"type": f"urn:whence:problem:{code}", "title": title, "status": status, "code": code, "detail": detail}
     headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE and again else None
     return JSONResponse(
-        {**extra, **body, "param": param, "instance": request.url.path},
+        _sendable({**extra, **body, "param": param, "instance": request.url.path}),
         status_code=status,
         media_type=MEDIA_TYPE,
         headers=headers,
     )
+
+
+def _sendable(value: Any) -> Any:
+    """What was sent to us is told again in problems: half a character is no UTF-8, and a long text is cut."""
+    match value:
+        case str():
+            text = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+            return text.encode(errors="backslashreplace").decode()
+        case Mapping():
+            return {_sendable(key): _sendable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_sendable(item) for item in value]
+        case _:
+            return value
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -147,8 +147,8 @@ class Pointers:
                 lock.release()
 
     def replace(self, token: bytes, seen: bytes | None, record: AliasRecord) -> bool:
-        """Make ``record`` what the alias is; False, and nothing is done, when it is not ours now, or its file is not
-        the one with the bytes ``seen``.
+        """Make ``record`` what the alias is; False, and nothing is done, when it is not ours now, or its file does
+        not hold the bytes ``seen`` any more.
 
         ``token`` is that of ``held``. A holder that was paused for longer than a lock lives finds out here.
         """

@@ -275,3 +275,21 @@ def test_the_page_of_a_proxy_is_an_error_of_the_client_as_well(body: bytes) -> N
     with pytest.raises(WhenceError, match="http://proxy/v1/jobs answered 502") as told:
         checked(answer)
     assert (told.value.status, told.value.code) == (502, "not_whence")
+
+
+@pytest.mark.parametrize(("sent", "told"), [("\\ud800", r"\ud800"), ("x" * 60_000, "x" * 100)])
+def test_what_is_told_again_can_be_sent_and_is_short(
+    http: httpx.Client, registry: Registry, storage: Storage, sent: str, told: str
+) -> None:
+    shelf.publisher(registry, storage, "whole")(1)
+    bodies = {
+        "/v1/queries": f'{{"index": "{sent}", "concept": "c"}}',
+        "/v1/queries/groups": f'{{"index": "whole", "concept": "c", "group_by": "{sent}"}}',
+        "/v1/compare": f'{{"{sent}": 1}}',
+        "/v1/concepts:derive": f'{{"id": "x", "terms": [{{"concept": "{sent}", "weight": 1}}]}}',
+    }
+    for path, body in bodies.items():
+        refused = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert refused.status_code in {404, 422}, (path, refused.text)
+        assert len(refused.content) < 10_000
+    assert told in json.dumps(refused.json()).replace("\\\\", "\\")
