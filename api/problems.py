@@ -103,10 +103,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(errors.DomainError)
     async def domain(request: Request, error: errors.DomainError) -> JSONResponse:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-        if isinstance(error, errors.Damaged):
+        if isinstance(error, errors.Damaged | errors.NotFound) and damage.is_damage(error):
             error = damage.explained(error, None)
             log.error("%s", error)
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
         again = not isinstance(error, errors.Damaged)  # damage stays until somebody mends it
         return problem(request, status, error.code, error.detail, param=error.param, again=again, **error.context)
 

@@ -7,7 +7,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from service.contracts import ConceptRecord, IndexRecord
-from service.errors import Invalid
+from service.errors import Damaged, Invalid, NotFound
 from service.registry import CONCEPTS, Registry
 from service.rows import F32
 from service.storage import Storage
@@ -25,6 +25,14 @@ def publish(storage: Storage, registry: Registry, record: ConceptRecord, tensor:
     """Store the direction, then the record (its sidecar) that makes it visible. Raises Conflict."""
     storage.write(_tensor_key(record.id, record.sha256), tensor)
     registry.add(CONCEPTS, record.id, record)
+
+
+def mend(storage: Storage, record: ConceptRecord, tensor: bytes) -> None:
+    """Put the direction back where its file is damaged or gone; ``tensor`` is what the record names."""
+    try:
+        storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256, cached=False)
+    except (NotFound, Damaged):
+        storage.write(_tensor_key(record.id, record.sha256), tensor)
 
 
 def direction(storage: Storage, record: ConceptRecord) -> F32:

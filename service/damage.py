@@ -90,7 +90,11 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
         )
         return command, detail
     if kind == "concepts" and not rest.endswith("record.json"):
-        return None, f"Fit concept {owner!r} again under another id: what it was cannot be computed from anything."
+        detail = (
+            f"Import what concept {owner!r} was exported to (`whence concepts import`), send the request that derived "
+            "or gave it once more, or fit it again under another id: it cannot be computed from anything else."
+        )
+        return None, detail
     index = owner if kind == "indexes" else index
     command = f"whence indexes repair {index}" if index else None
     if command is None:

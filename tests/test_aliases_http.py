@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -293,3 +294,28 @@ def test_what_is_told_again_can_be_sent_and_is_short(
         assert refused.status_code in {404, 422}, (path, refused.text)
         assert len(refused.content) < 10_000
     assert told in json.dumps(refused.json()).replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/indexes/whole/append", {"dataset": "d"}),
+        ("POST", "/v1/indexes/whole/delete", {"ids": ["0" * 64]}),
+        ("POST", "/v1/indexes/whole/compact", {}),
+        ("GET", "/v1/indexes/whole/quarantine", None),
+        ("POST", "/v1/queries", {"index": "whole", "concept": "c"}),
+        ("GET", "/v1/datasets/d/quarantine", None),
+        ("GET", "/v1/concepts/c/safetensors", None),
+    ],
+)
+def test_a_file_that_is_missing_is_no_404(
+    http: httpx.Client, registry: Registry, storage: Storage, method: str, path: str, body: object
+) -> None:
+    shelf.publisher(registry, storage, "whole")(1)
+    (storage.local_path("indexes/whole@v1/manifest.json") or Path()).unlink()
+    for folder in ("datasets/d", "concepts/c"):
+        for name in set(storage.files(folder)) - {"record.json"}:
+            storage.remove(f"{folder}/{name}")
+    problem = http.request(method, path, json=body)
+    assert (problem.status_code, problem.json()["code"]) == (503, "missing_file")
+    assert problem.json()["file"].startswith(("indexes/whole@v1/manifest", "datasets/d/", "concepts/c/"))
