@@ -91,8 +91,8 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
         return command, detail
     if kind == "concepts" and not rest.endswith("record.json"):
         detail = (
-            f"Import what concept {owner!r} was exported to (`whence concepts import`), send the request that derived "
-            "or gave it once more, or fit it again under another id: it cannot be computed from anything else."
+            f"Import the export of concept {owner!r} (`whence concepts import`), send the request that derived "
+            "or gave it once more, or fit it again under another id: nothing else says what it was."
         )
         return None, detail
     index = owner if kind == "indexes" else index

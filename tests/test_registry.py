@@ -9,7 +9,7 @@ from redis import Redis
 
 from service import codec, keys
 from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
-from service.errors import Conflict, Damaged, Invalid, NotFound
+from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import ALL, CONCEPTS, DATASETS, INDEXES, MODELS, Collection, Registry, check_id
 from service.storage import Storage
@@ -157,6 +157,26 @@ def test_a_damaged_record_in_storage_does_not_hide_the_others(
     with pytest.raises((Conflict, Damaged)):
         registry.add(MODELS, "b", model("b"))
     assert storage.read("models/b/record.json") == data
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_storage_slower_than_a_lock_lives_tells_what_came_of_it(
+    redis: Redis, storage: Storage, fails: bool
+) -> None:
+    class Slow(Storage):
+        def write(self, key: str, data: bytes) -> str:
+            redis.delete(keys.lock("models:a"))  # as its time to live does
+            if fails:
+                raise Unavailable("storage_unavailable", "gave up")
+            return super().write(key, data)
+
+    slow, record = Registry(redis, Slow(storage.root)), model("a")
+    if fails:
+        with pytest.raises(Unavailable, match="gave up"):
+            slow.add(MODELS, "a", record)
+    else:
+        slow.add(MODELS, "a", record)
+        assert Registry(redis, storage).get(MODELS, "a") == record
 
 
 def test_the_record_of_another_is_not_believed(registry: Registry, redis: Redis, storage: Storage) -> None:
