@@ -54,7 +54,14 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
         return registry.get(INDEXES, reference, param="index")
     found = registry.pointed(reference)
     if found.alias is not None:
-        return registry.get(INDEXES, found.alias.index, param="index")
+        try:
+            return registry.get(INDEXES, found.alias.index, param="index")
+        except NotFound as error:
+            detail = (
+                f"Alias {reference!r} points at {found.alias.index}, which is not in storage any more. Point it at "
+                f"another version: `whence aliases set {reference} INDEX --force`."
+            )
+            raise NotFound(error.code, detail, param="index") from error
     if found.newest is not None:
         return registry.get(INDEXES, f"{reference}@v{found.newest}", param="index")
     known = ", ".join(registry.pointers.names()[:10]) or "none yet"

@@ -409,6 +409,18 @@ def test_every_flip_and_every_cut_of_an_alias_is_noticed(world: World, redis: Re
     assert world.of("prod") == "a@v1"
 
 
+def test_an_alias_of_a_version_that_is_gone_says_so(world: World, redis: Redis) -> None:
+    world.switch("prod", "b@v1")
+    shutil.rmtree(Path(world.storage.root, "indexes/b@v1"))
+    redis.flushall()
+    world.registry.rebuild()
+    with pytest.raises(NotFound, match="'prod' points at b@v1, which is not in storage any more") as told:
+        world.of("prod")
+    assert (told.value.code, told.value.param) == ("index_not_found", "index")
+    world.switch("prod", "a@v1", WHATEVER)
+    assert world.of("prod") == "a@v1"
+
+
 def test_the_file_of_another_alias_is_not_believed(world: World, redis: Redis) -> None:
     world.switch("prod", "a@v1")
     world.switch("next", "a@v2")

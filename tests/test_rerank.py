@@ -333,6 +333,15 @@ def test_a_question_is_computed_once(world, asking, coarse):
     assert (asking.ran, world.tasks, len(again.hits)) == ([], [], 3)
 
 
+def test_what_a_name_means_is_asked_once(world, asking, coarse, monkeypatch):
+    """Or a switch in between would check one version and rank another."""
+    asked, pointed = [], world.lab.registry.pointed
+    monkeypatch.setattr(world.lab.registry, "pointed", lambda name: (asked.append(name), pointed(name))[1])
+    question = Query(coarse.name, order=Order.MOST, k=100, **CONCEPT)
+    asking.service.run(question, 100)
+    assert asked == [coarse.name]
+
+
 def test_two_callers_at_once_have_one_job(world, coarse):
     first, second = Asking(world).once(coarse, 21, **CONCEPT), Asking(world).once(coarse, 21, **CONCEPT)
     assert isinstance(first, JobRecord)
