@@ -27,6 +27,7 @@ from api.cli_rankings import (
     show_groups,
 )
 from api.cli_rerank import ExactOption, rerank
+from api.cli_saes import saes_app
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -63,6 +64,7 @@ for _name, _sub in (
     ("indexes", indexes_app),
     ("aliases", aliases_app),
     ("concepts", concepts_app),
+    ("saes", saes_app),
     ("jobs", jobs_app),
     ("registry", registry_app),
 ):

@@ -28,6 +28,7 @@ from api.routes import (
     queries,
     rankings,
     rerank,
+    saes,
 )
 from api.routes import registry as registry_routes
 from api.version import VERSION
@@ -41,6 +42,8 @@ from service.queries import QueryService
 from service.redis_server import connect
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings, load_settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -81,11 +84,14 @@ def create_app(settings: Settings) -> FastAPI:
         groups=Groups(whole, loader, storage, work),
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
+        features=FeaturesService(registry, storage, work, loader),
+        views=ViewService(registry, storage, loader),
     )
     problems.install(app)
     shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
-    for module in (*shown, registry_routes, health):
+    for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)
+    app.include_router(saes.of_index)
     return app
 
 

@@ -90,5 +90,13 @@ def read(storage: Storage, artifact: Artifact, stem: str) -> dict[str, NDArray[A
     return load_safetensors(storage.read(f"{folder(artifact.key)}/{name}", sha256=artifact.files[name]))
 
 
+def remove(storage: Storage, key: str) -> None:
+    """Delete an artifact that nothing refers to any more: its manifest first, so that nobody meets half of it."""
+    artifact = made(storage, key)
+    storage.remove(f"{folder(key)}/{MANIFEST}")
+    for name in artifact.files if artifact is not None else ():
+        storage.remove(f"{folder(key)}/{name}")
+
+
 def folder(key: str) -> str:
     return f"artifacts/{key[:2]}/{key}"

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MISSING = "file_not_found"  # what storage says of a file that is not there
-_OF_THEIR_OWN = ("aliases/", "concepts/", "datasets/", "models/")  # files that belong to no index
+_OF_THEIR_OWN = ("aliases/", "concepts/", "datasets/", "models/", "saes/")  # files that belong to no index
 _FOUND = {MISSING, "missing_artifact", "damaged_file", "damaged_record"}
 
 
@@ -95,6 +95,8 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
             "or gave it once more, or fit it again under another id: nothing else says what it was."
         )
         return None, detail
+    if kind == "saes" and not rest.endswith("record.json"):
+        return None, f"Import or train SAE {owner!r} again, under another id."
     index = owner if kind == "indexes" else index
     command = f"whence indexes repair {index}" if index else None
     if command is None:

@@ -47,8 +47,8 @@ def derive(storage: Storage, registry: Registry, new_id: str, recipe: Recipe) ->
 
     Raises NotFound, Conflict, and Invalid where concepts do not belong together or cancel each other out.
     """
-    terms = [registry.get(CONCEPTS, each.id, param=f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
-    out = [registry.get(CONCEPTS, name, param=f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
+    terms = [concepts.get(registry, each.id, param=f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
+    out = [concepts.get(registry, name, param=f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
     first = terms[0]
     concepts.check_alike(terms, param="terms[{}].concept")
     concepts.check_alike([first, *out], param="project_out[{}]", skip=1)

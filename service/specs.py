@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
@@ -221,6 +222,8 @@ JobSpec = (
     | DirectionsSpec
     | ClustersSpec
     | RerankSpec
+    | TrainSaeSpec
+    | EncodeFeaturesSpec
 )
 
 

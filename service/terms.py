@@ -115,6 +115,8 @@ class JobKind(StrEnum):
     DIRECTIONS = "directions"
     CLUSTERS = "clusters"
     RERANK = "rerank"
+    TRAIN_SAE = "train_sae"
+    ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

@@ -196,6 +196,7 @@ def test_after_a_flush_a_rebuild_brings_everything_back_and_counts_it(
         "models": 1,
         "datasets": 1,
         "concepts": 1,
+        "saes": 0,
         "indexes": 4,
         "newest": 2,
         "aliases": 1,
