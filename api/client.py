@@ -259,7 +259,7 @@ class Client(ConceptCalls, SaesClient):
         try:
             found = self._call("PUT", path, json=body, headers=if_match(if_revision))
         except WhenceError as error:
-            if not force or error.status != httpx.codes.PRECONDITION_REQUIRED:
+            if not force or (error.status != httpx.codes.PRECONDITION_REQUIRED and error.code != "damaged_record"):
                 raise
             found = self._call("PUT", path, json=body, headers={"If-Match": "*"})
         return codec.from_plain(AliasRecord, found)

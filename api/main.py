@@ -70,7 +70,9 @@ def create_app(settings: Settings) -> FastAPI:
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     whole = WholeRankings(ranked, loader)
-    app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
+    app = FastAPI(
+        title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422, 503)
+    )
     app.state.services = Services(
         settings=settings,
         redis=redis,

@@ -9,7 +9,7 @@ from safetensors.numpy import save as save_safetensors
 
 from service import codec, saes
 from service.contracts import ConceptRecord, IndexRecord
-from service.errors import Invalid
+from service.errors import Damaged, Invalid, NotFound
 from service.registry import CONCEPTS, SAES, Registry, check_id
 from service.rows import F32
 from service.storage import Storage, sha256_bytes
@@ -40,6 +40,14 @@ def get(
     if feature is None:
         return registry.get(CONCEPTS, concept_id, param=param)
     return saes.concept(registry, *feature, param=param, pooling=pooling)
+
+
+def mend(storage: Storage, record: ConceptRecord, tensor: bytes) -> None:
+    """Put the direction back where its file is damaged or gone; ``tensor`` is what the record names."""
+    try:
+        storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256, cached=False)
+    except (NotFound, Damaged):
+        storage.write(_tensor_key(record.id, record.sha256), tensor)
 
 
 def direction(storage: Storage, record: ConceptRecord) -> F32:

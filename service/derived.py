@@ -133,7 +133,8 @@ def register(
     """Publish ``record`` with this direction (d,), of any length but none. ``sha256``, time and ``norm`` are set
     here, the last to the vector's own unless it is told.
 
-    A request that is sent again answers what it registered before. Raises Conflict where the id is another one's.
+    A request that is sent again answers what it registered before, and puts its file back where that is damaged or
+    gone. Raises Conflict where the id is another one's.
     """
     check_id(record.id, param="id")
     vector = np.asarray(vector, dtype=np.float64)
@@ -148,6 +149,7 @@ def register(
     record = codec.from_plain(ConceptRecord, codec.to_plain(record) | made)
     known = registry.find(CONCEPTS, record.id)
     if known is not None and _same(known, record):
+        concepts.mend(storage, known, tensor)
         return known
     if known is not None:
         detail = f"There is another concept {record.id!r} already, and it never changes. Choose another id."

@@ -253,6 +253,8 @@ class _Walk:
             data = self._storage.read(file.name)
         except NotFound:
             return file, MISSING
+        except Damaged:  # the disk has it and cannot give it back
+            return file, UNREADABLE
         return file, None if sha256_bytes(data) == file.sha256 else CHANGED
 
     def _map(self, stage: str, work: Callable[[A], B], items: Sequence[A], unit: str) -> list[B]:
