@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 
-_NO_SPREAD = 1e-9  # of the root mean square spread: a dimension that is as good as constant
+_LEAST_SPREAD = 1e-6  # of the root mean square spread: what a dimension that is constant is taken to have
 _NO_VALUE = 1e-10  # of the largest eigenvalue: rounding
 
 
@@ -39,7 +39,9 @@ class Covariance:
         return (1 - self.shrinkage) * self.values + self.shrinkage * self.target
 
     def solve(self, vector: F64) -> F64:
-        """Σ⁻¹ v, (d,); where nothing was shrunk, within the span of the rows only."""
+        """Σ⁻¹ v, (d,); where nothing was shrunk, within the span of the rows only; v where the rows are all one."""
+        if not self.rank:
+            return vector
         u = vector / self.scale
         along = self.basis @ u
         found = self.basis.T @ (along / self.shrunk)
@@ -63,9 +65,8 @@ def of_rows(rows: F64) -> Covariance:
     """The shrunk covariance of centred rows (n, d), divided by n."""
     n, d = rows.shape
     spread = np.sqrt(np.einsum("nd,nd->d", rows, rows) / n)
-    usual = float(np.sqrt(np.mean(spread**2)))
-    scale = np.where(spread > _NO_SPREAD * usual, spread, 1.0)
-    z = np.where(spread > _NO_SPREAD * usual, rows / scale, 0.0)
+    scale = np.maximum(spread, _LEAST_SPREAD * float(np.sqrt(np.mean(spread**2))) or 1.0)
+    z = rows / scale
     basis, values = principal(z)
     target = float(values.sum()) / d
     # ‖R − m I‖²/d, and how far single rows scatter about R: both from eigenvalues and norms, without R itself.

@@ -75,12 +75,12 @@ def interval(scored: Scored, *, draws: int = DRAWS, seed: int = 0) -> tuple[floa
     for as many disjoint pairs, all of them in order, as there are.
     """
     n, m = len(scored.positive), len(scored.negative)
-    rng = np.random.default_rng(seed)
+    streams = [np.random.default_rng([seed, side]) for side in (0, 1)]
     areas = []
     block = max(1, _BLOCK // (n + m))
     for start in range(0, draws, block):
         count = min(block, draws - start)
-        weights = [rng.multinomial(k, np.full(k, 1 / k), size=count).astype(np.float64) for k in (n, m)]
+        weights = [_weights(rng, count, size) for rng, size in zip(streams, (n, m), strict=True)]
         areas.append(_resampled(scored, *weights))
     low, high = np.nanquantile(np.concatenate(areas), [_TAIL, 1 - _TAIL])
     area = held_out_auroc(scored)
@@ -93,6 +93,12 @@ def interval(scored: Scored, *, draws: int = DRAWS, seed: int = 0) -> tuple[floa
     if area == 0:
         high = 1 - _TAIL ** (1 / disjoint)
     return float(low), float(high)
+
+
+def _weights(rng: np.random.Generator, count: int, size: int) -> F64:
+    """(count, size) how often each of ``size`` examples comes in a resample of as many."""
+    drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 
 
 def _resampled(scored: Scored, positive: F64, negative: F64) -> F64:
