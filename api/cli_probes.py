@@ -42,6 +42,10 @@ def fit_concept(
     method: Annotated[
         ProbeMethod, typer.Option(help="How the direction is found.")
     ] = ProbeMethod.DIFFERENCE_OF_MEANS,
+    compare: Annotated[
+        list[ProbeMethod] | None,
+        typer.Option(help="Method to compare its direction with; repeatable. Default: all but the logistic ones."),
+    ] = None,
     pooling: PoolingOption = Pooling.RESPONSE_MEAN,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
@@ -65,6 +69,7 @@ def fit_concept(
         "layer": layer,
         "layers": _layers(layers),
         "method": method,
+        "compare": compare or None,
         "pooling": pooling,
         "max_length": max_length,
     }

@@ -8,6 +8,7 @@ from api.schemas import Id, Request
 from service.specs import Labels
 from service.terms import Pooling, ProbeMethod
 
+CLOSED = tuple(each for each in ProbeMethod if "logistic" not in each)
 _MOST = 10_000  # examples of one side in a request
 
 Side = Annotated[str, Field(min_length=1)] | Annotated[list[str | dict[str, Any]], Field(max_length=_MOST)]
@@ -39,7 +40,9 @@ class ConceptIn(Request):
     )
     method: ProbeMethod = Field(ProbeMethod.DIFFERENCE_OF_MEANS, description="How the direction is found")
     compare: list[ProbeMethod] | None = Field(
-        None, description="Methods whose directions it is compared with, at every layer. Default: all others"
+        None,
+        description="Methods whose directions it is compared with, at every layer. Default: those without "
+        "iterations, which is all but the logistic ones",
     )
     pooling: Pooling = Pooling.RESPONSE_MEAN
     max_length: int | None = None
@@ -100,5 +103,5 @@ class ConceptIn(Request):
             **{name: tuple(given) if isinstance(given, list) else given for name, given in sides.items()},
             "labels": labels,
             "layers": tuple(self.layers) if isinstance(self.layers, list) else (),
-            "compare": tuple(ProbeMethod) if self.compare is None else tuple(self.compare),
+            "compare": CLOSED if self.compare is None else tuple(self.compare),
         }

@@ -20,8 +20,10 @@ class LayerEvidence:
     cosine_folds: float | None  # mean of all pairs of the folds' directions
     cosine_methods: Mapping[ProbeMethod, float]  # to what other methods find in the same examples
     constant_dimensions: int = 0  # in which all examples agree
-    rank: int | None = None  # of the covariance before shrinking; None: the method uses none
-    shrinkage: float | None = None  # 0: the covariance as it is, 1: nothing but variances
+    rank: int | None = None  # dimensions that the examples span about their mean
+    shrinkage: float | None = (
+        None  # of the covariance, where the method has one; 0: the covariance as it is, 1: nothing but variances
+    )
     c: float | None = None  # inverse strength of the L2 penalty, chosen by cross-validation
 
 

@@ -169,7 +169,11 @@ def about_probes(evidence: Evidence, width: int) -> list[str]:
             f"{chosen.constant_dimensions} of {width} dimensions have the same activation in every example: they "
             "cannot enter the direction."
         )
-    if chosen.rank is not None and chosen.rank < width - chosen.constant_dimensions:
+    if (
+        chosen.shrinkage is not None
+        and chosen.rank is not None
+        and chosen.rank < width - chosen.constant_dimensions
+    ):
         said.append(
             f"The examples span {chosen.rank} of {width} dimensions, so the covariance is rank-deficient; in the "
             f"others it is what shrinkage (s = {chosen.shrinkage:.2f}) assumes: no correlations."

@@ -35,7 +35,6 @@ class Found:
 
     vector: F64
     shrinkage: float | None = None  # of the covariance
-    rank: int | None = None  # of the covariance before shrinking
     c: float | None = None  # inverse strength of the L2 penalty
 
 
@@ -90,7 +89,7 @@ def _whitened_means(positive: F64, negative: F64) -> Found:
 
 def _solved(rows: F64, difference: F64) -> Found:
     of = covariance.of_rows(rows)
-    return Found(of.solve(difference), of.shrinkage, of.rank)
+    return Found(of.solve(difference), of.shrinkage)
 
 
 def _logistic(positive: F64, negative: F64) -> Found:
@@ -101,21 +100,20 @@ def _logistic(positive: F64, negative: F64) -> Found:
     if len(rows) >= rows.shape[1]:
         weights, c = _fitted(rows, len(positive))
         return Found(weights, c=c)
-    basis, _ = covariance.principal(rows)
+    basis, _ = covariance.principal(rows, covariance.gram_of(rows))
     weights, c = _fitted(rows @ basis.T, len(positive))
     return Found(basis.T @ weights, c=c)
 
 
 def _whitened_logistic(positive: F64, negative: F64) -> Found:
     """The same on W a, W as for the whitened difference of means, pulled back: Wᵀ w."""
-    rows = _centered(positive, negative)
-    of = covariance.of_rows(rows)
-    weights, c = _fitted(of.whiten(rows), len(positive))
-    return Found(of.unwhiten(weights), of.shrinkage, of.rank, c)
+    of = covariance.of_rows(_centered(positive, negative))
+    weights, c = _fitted(of.whiten(), len(positive))
+    return Found(of.unwhiten(weights), of.shrinkage, c)
 
 
-def _centered(positive: F64, negative: F64) -> F64:
-    rows = np.concatenate([positive, negative])
+def _centered(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> F64:
+    rows = np.concatenate([positive, negative]).astype(np.float64)
     return rows - rows.mean(axis=0)
 
 
@@ -223,7 +221,7 @@ def fit(
         cosine_folds=held_out.mean_cosine(directions),
         cosine_methods={other: _cosine(unit, positive, negative, other) for other in compare if other != method},
         constant_dimensions=_constant(positive, negative),
-        rank=found.rank,
+        rank=covariance.rank_of(covariance.gram_of(_centered(positive, negative))),
         shrinkage=found.shrinkage,
         c=found.c,
     )
