@@ -10,12 +10,15 @@ from safetensors.numpy import save as save_safetensors
 from service import codec, saes
 from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Damaged, Invalid, NotFound
+from service.evidence import FEW
 from service.registry import CONCEPTS, SAES, Registry, check_id
 from service.rows import F32
 from service.storage import Storage, sha256_bytes
 from service.terms import IndexKind, Pooling
 
 TENSOR = "direction"
+
+_POOR = 0.7  # held-out AUROC
 
 
 def to_safetensors(direction: F32) -> bytes:
@@ -83,6 +86,32 @@ def publish_feature(
         return known
     publish(registry.storage, registry, record, tensor)
     return record
+
+
+def doubts(concept: ConceptRecord) -> list[str]:
+    """What the reader of a ranking should know of the concept behind it; nothing of one that was not fitted."""
+    auroc = concept.auroc_held_out
+    if auroc is None:
+        return []
+    said = []
+    interval = concept.evidence.chosen.auroc_interval if concept.evidence else None
+    if auroc < _POOR:
+        said.append(
+            f"Concept {concept.id!r} separates its own examples poorly (held-out AUROC {auroc:.2f}): the ranking "
+            "may mean little."
+        )
+    if interval is not None and interval[0] <= 0.5:
+        said.append(
+            f"The held-out AUROC of concept {concept.id!r}, {auroc:.2f}, may be chance: its 95 % interval is "
+            f"{interval[0]:.2f} to {interval[1]:.2f}. Fit it on more examples."
+        )
+    n, m = concept.n_positive, concept.n_negative
+    if 0 < min(n, m) < FEW:
+        said.append(
+            f"Concept {concept.id!r} was fitted on {n} positive and {m} negative examples: with fewer than {FEW} a "
+            "side its direction and its AUROC are rough. 100 a side are good."
+        )
+    return said
 
 
 def check_fits(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.evidence import Evidence
 from service.terms import (
     ConceptFunction,
     IndexKind,
@@ -94,6 +95,7 @@ class ConceptRecord:
     provenance: Mapping[str, Any]
     sha256: str  # of concept.safetensors
     created_at: str
+    evidence: Evidence | None = None  # of one fitted on labelled examples
 
 
 @dataclass(frozen=True)

@@ -163,5 +163,5 @@ def _same(known: ConceptRecord, record: ConceptRecord) -> bool:
 
 
 def _like(first: ConceptRecord, new_id: str, method: str, provenance: Mapping[str, Any]) -> ConceptRecord:
-    fields = {"id": new_id, "method": method, "provenance": provenance, "auroc_held_out": None}
+    fields = {"id": new_id, "method": method, "provenance": provenance, "auroc_held_out": None, "evidence": None}
     return codec.from_plain(ConceptRecord, codec.to_plain(first) | fields | {"n_positive": 0, "n_negative": 0})

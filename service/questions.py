@@ -117,14 +117,18 @@ def _summed(found: list[tuple[ConceptRecord, F32]], wanted: tuple[Weighted, ...]
         raise Invalid("zero_direction", "The weighted concepts cancel each other out.", param="concepts")
     name = " + ".join(each.id if each.weight == 1 else f"{each.weight:g}·{each.id}" for each in wanted)
     weighted = [[record.sha256, each.weight] for each, (record, _) in zip(wanted, found, strict=True)]
-    aurocs = [record.auroc_held_out for record, _ in found if record.auroc_held_out is not None]
+    fitted = [(record.auroc_held_out, record) for record, _ in found if record.auroc_held_out is not None]
+    weakest = min(fitted, key=lambda each: each[0])[1] if fitted else None
     return (
         replace(
             first,
             id=name,
             method="weighted_sum",
             norm=float(np.linalg.norm(total)),
-            auroc_held_out=min(aurocs, default=None),
+            auroc_held_out=weakest.auroc_held_out if weakest else None,
+            n_positive=weakest.n_positive if weakest else 0,
+            n_negative=weakest.n_negative if weakest else 0,
+            evidence=weakest.evidence if weakest else None,
             sha256=codec.digest(["sum of concepts", weighted]),
             provenance={"concepts": {each.id: each.weight for each in wanted}},
         ),

@@ -414,7 +414,7 @@ def test_an_alias_of_a_version_that_is_gone_says_so(world: World, redis: Redis) 
     shutil.rmtree(Path(world.storage.root, "indexes/b@v1"))
     redis.flushall()
     world.registry.rebuild()
-    with pytest.raises(Damaged, match="'prod' points at b@v1, and indexes/b@v1/record.json is missing") as told:
+    with pytest.raises(Damaged, match=r"'prod' points at b@v1, and indexes/b@v1/record\.json is missing") as told:
         world.of("prod")
     assert told.value.code == "missing_file"
     world.switch("prod", "a@v1", WHATEVER)

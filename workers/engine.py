@@ -8,13 +8,12 @@ import numpy as np
 from redis import Redis
 
 from service import artifacts, codec, concepts, indexes, models, succession
-from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
+from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
 from service.questions import pooling_of
-from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
-from service.rows import F32
+from service.registry import DATASETS, INDEXES, MODELS, Registry
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.specs import (
     BuildIndexSpec,
@@ -30,10 +29,10 @@ from service.specs import (
     TokenSharesSpec,
     VerifySpec,
 )
-from service.storage import Storage, sha256_bytes
+from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, probes, repair, rerank, sae_jobs, tokens
+from workers import clusters, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -71,7 +70,8 @@ class RayEngine:
             case JobKind.APPEND_INDEX | JobKind.DELETE_EXAMPLES | JobKind.COMPACT_INDEX:
                 return Life(stages, self._registry, self._redis).run(job)
             case JobKind.FIT_CONCEPT:
-                return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
+                spec = codec.from_plain(FitConceptSpec, job.spec)
+                return fit_concept.compute(stages, self._registry, spec, self._model(spec.model, spec.pass_spec))
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
@@ -142,43 +142,6 @@ class RayEngine:
             indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
-
-    def _fit_concept(self, spec: FitConceptSpec, stages: Stages) -> Mapping[str, Any]:
-        model = self._model(spec.model, spec.pass_spec)
-        positive, negative = (self._registry.get(DATASETS, name) for name in (spec.positive, spec.negative))
-        assert spec.pass_spec.activation is not None  # noqa: S101  (the api builds it so)
-        (layer,), pooling = spec.pass_spec.activation.layers, spec.pass_spec.activation.pooling
-        sides: list[F32] = []
-        for stage, dataset in (("positive", positive), ("negative", negative)):
-            manifests = stages.rows(stage, models.location(model), spec.pass_spec, dataset, size=spec.shard_size)
-            sides.append(stages.stored(manifests))
-        probe = probes.fit(*sides)
-        tensor = concepts.to_safetensors(probe.direction)
-        record = ConceptRecord(
-            id=spec.id,
-            model=model.id,
-            model_fingerprint=model.fingerprint,
-            lineage=model.lineage,
-            layer=layer,
-            pooling=pooling,
-            width=model.width,
-            method="difference_of_means",
-            norm=probe.norm,
-            auroc_held_out=probe.auroc_held_out,
-            n_positive=len(sides[0]),
-            n_negative=len(sides[1]),
-            provenance={
-                side: {"dataset": dataset.id, "fingerprint": dataset.fingerprint}
-                for side, dataset in (("positive", positive), ("negative", negative))
-            },
-            sha256=sha256_bytes(tensor),
-            created_at=codec.now(),
-        )
-        stages.context.check()
-        known = self._registry.find(CONCEPTS, spec.id)
-        if known is None or known.sha256 != record.sha256:  # equal: an earlier attempt died after publishing
-            concepts.publish(self._storage, self._registry, record, tensor)
-        return {"concept": spec.id, "auroc_held_out": probe.auroc_held_out, "norm": probe.norm}
 
     def _query_gradient(self, spec: QueryGradientSpec, stages: Stages) -> Mapping[str, Any]:
         location = models.location(self._model(spec.model, spec.pass_spec))
