@@ -25,6 +25,7 @@ from api.routes import (
     indexes,
     jobs,
     models,
+    personas,
     queries,
     rankings,
     rerank,
@@ -78,7 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
     )
     problems.install(app)
-    shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
+    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
     for module in (*shown, registry_routes, health):
         app.include_router(module.router)
     return app

@@ -106,7 +106,7 @@ def _plan(
     dataset = registry.get(DATASETS, request.dataset, param="dataset")
     if not dataset.examples:
         raise Invalid("empty_dataset", f"{dataset.id!r} holds no example.", param="dataset")
-    layers = _layers(model, request.layers, param="layers")
+    layers = layers_of(model, request.layers, param="layers")
     if request.projection_dim is not None and not 1 <= request.projection_dim <= _MOST_P:
         raise Invalid("bad_projection_dim", f"projection_dim must lie in 1..{_MOST_P}.", param="projection_dim")
     kinds = set(request.kinds)
@@ -127,7 +127,7 @@ def _plan(
         model=model.id,
         dataset=dataset.id,
         reading=replace(
-            _reading(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
+            reading_of(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
         ),
         points=_points(model, request.checkpoints, request.lora, registry) if influence else (end_point(model),),
         tracked=_tracked(request, layers),
@@ -167,7 +167,7 @@ def plan_extension(
         )
         raise Invalid("kind_not_indexed", detail, param="index")
     model = registry.get(MODELS, source.model, param="model")
-    layers = _layers(model, request.layers or (gradient.tracked.blocks,), param="layers")
+    layers = layers_of(model, request.layers or (gradient.tracked.blocks,), param="layers")
     if layers[0] < gradient.tracked.shallowest:
         raise Invalid(
             "layer_not_indexed",
@@ -340,15 +340,15 @@ def plan_concept(request: ConceptRequest, registry: Registry, settings: Settings
     if sides["positive"].fingerprint == sides["negative"].fingerprint:
         detail = "Both sides are the same examples: there is no direction between them."
         raise Invalid("identical_sides", detail, param="negative")
-    (layer,) = _layers(model, (request.layer,), param="layer")
-    reading = _reading(model, settings, request.max_length, LongExamples.TRUNCATE_RIGHT)
+    (layer,) = layers_of(model, (request.layer,), param="layer")
+    reading = reading_of(model, settings, request.max_length, LongExamples.TRUNCATE_RIGHT)
     spec = PassSpec(
         **vars(reading), activation=ActivationSpec((layer,), request.pooling), gradient=None, objective=None
     )
     return FitConceptSpec(request.id, model.id, request.positive, request.negative, spec, settings.shard_size)
 
 
-def _layers(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple[int, ...]:
+def layers_of(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple[int, ...]:
     """Sorted, without repeats; the middle layer when none is named."""
     wanted = tuple(sorted(set(layers))) or ((model.n_layers + 1) // 2,)
     for layer in wanted:
@@ -363,7 +363,7 @@ def _layers(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple
     return wanted
 
 
-def _reading(
+def reading_of(
     model: ModelRecord, settings: Settings, max_length: int | None, long_examples: LongExamples
 ) -> Reading:
     most = model.context_length or _DEFAULT_LENGTH

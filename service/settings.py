@@ -4,14 +4,19 @@ Each field is read from ``WHENCE_<NAME>`` (``REDIS_URL`` is accepted as well for
 """
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import Invalid
 from service.local_cache import CacheAt
+
+# No user, query or fragment: what is called is this and a path behind it.
+_JUDGE = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~/\-]*)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Settings(BaseSettings):
@@ -83,6 +88,45 @@ class Settings(BaseSettings):
         description="Memory of the EK-FAC factors in a worker; modules beyond it take another pass of the sample.",
     )
     max_k: int = Field(10_000, ge=1, description="Most hits one query may ask for.")
+
+    judges: str = Field(
+        "",
+        description="OpenAI-compatible endpoints that may judge answers: base URLs joined by commas, each with "
+        "=VARIABLE behind it where the dispatcher's environment has a key for it. Default: none.",
+    )
+    judge_parallel: int = Field(8, ge=1, le=256, description="Questions a judge is asked at a time.")
+
+    @field_validator("judges")
+    @classmethod
+    def _are_judges(cls, value: str) -> str:
+        for part in filter(None, value.split(",")):
+            url, _, variable = part.strip().partition("=")
+            if not (_JUDGE.fullmatch(url) and (not variable or _VARIABLE.fullmatch(variable))):
+                raise ValueError(
+                    "expected http(s)://HOST[:PORT][/PATH] or the same with =VARIABLE, joined by commas"
+                )
+        return value
+
+    @cached_property
+    def judge_urls(self) -> dict[str, str]:
+        """Base URLs of judges, each with the name of the variable that holds its key, or with ""."""
+        parts = (part.strip().partition("=") for part in self.judges.split(",") if part.strip())
+        return {url.rstrip("/"): variable for url, _, variable in parts}
+
+    def judge_key(self, url: str) -> SecretStr | None:
+        """The key of a judge; None: it needs none. Raises Invalid while its variable is not set."""
+        variable = self.judge_urls[url]
+        if not variable:
+            return None
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            raise Invalid(
+                "judge_key_missing",
+                f"The dispatcher has no {variable} in its environment, where WHENCE_JUDGES says that the key of "
+                f"{url} is. Set it and start the dispatcher again.",
+                param="judge.url",
+            )
+        return SecretStr(key)
 
     @cached_property
     def storage_root(self) -> str:

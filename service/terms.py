@@ -115,6 +115,7 @@ class JobKind(StrEnum):
     DIRECTIONS = "directions"
     RERANK = "rerank"
     QUERY_GRADIENT = "query_gradient"
+    PERSONA_VECTOR = "persona_vector"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 
 

@@ -12,8 +12,10 @@ from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord,
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
+from service.personas import PersonaSpec
 from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
+from service.settings import Settings
 from service.specs import (
     BuildIndexSpec,
     DirectionsSpec,
@@ -30,7 +32,7 @@ from service.specs import (
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import directions_job, probes, repair, rerank, tokens
+from workers import directions_job, persona_job, probes, repair, rerank, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -42,7 +44,11 @@ from workers.stages import Stages
 class RayEngine:
     """Implements service.contracts.Engine. Everything it publishes is decided by the job's specification."""
 
-    def __init__(self, redis: Redis, registry: Registry, storage: Storage, pool: Pool) -> None:
+    def __init__(
+        self, redis: Redis, registry: Registry, storage: Storage, pool: Pool, settings: Settings | None = None
+    ) -> None:
+        """``settings``: of this process; None: no judge may be called."""
+        self._settings = settings
         self._redis = redis
         self._registry = registry
         self._storage = storage
@@ -77,6 +83,10 @@ class RayEngine:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
+            case JobKind.PERSONA_VECTOR:
+                spec = codec.from_plain(PersonaSpec, job.spec)
+                model = self._model(spec.model, spec.reading)
+                return persona_job.compute(stages, self._registry, spec, model, self._settings)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )

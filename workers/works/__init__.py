@@ -10,6 +10,7 @@ from service.work import (
     BasisWork,
     CovarianceWork,
     EigenWork,
+    ElicitWork,
     GatherWork,
     HeadWork,
     JacobianWork,
@@ -18,16 +19,19 @@ from service.work import (
     MixWork,
     MomentWork,
     NarrowWork,
+    ResponsesWork,
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, rows, token_shares
+from workers.works import answers, choice, factors, personas, rows, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
     AnswersWork: answers.answers,
+    ElicitWork: personas.elicit,
+    ResponsesWork: personas.responses,
     ShapesWork: factors.shapes,
     CovarianceWork: factors.covariances,
     EigenWork: factors.eigen,
