@@ -37,7 +37,7 @@ def fit_persona(
         str | None, typer.Option(help="Its base URL, as in WHENCE_JUDGES. Default: the only one there.")
     ] = None,
     positive_above: Annotated[
-        float, typer.Option(help="Its score from which the trait shows.", min=0, max=100)
+        float, typer.Option(help="Its score above which the trait shows.", min=0, max=100)
     ] = 50,
     negative_below: Annotated[float, typer.Option(help="Its score below which it does not.", min=0, max=100)] = 50,
     judge_concept: Annotated[str | None, typer.Option(help="Have a registered concept judge instead.")] = None,
@@ -58,9 +58,10 @@ def fit_persona(
 
     `whence concepts persona evil.json --model bot --layers 8-20 --judge-model gpt-4.1-mini`
 
-    The model answers every question under every positive and negative system prompt; the judge keeps the pairs that
-    show the trait; the concept is the difference of the answers' mean activations. `--samples 1 --max-new-tokens 100`
-    is a quick first look. What was answered and judged is kept: after a failure the same command goes on with it.
+    The model answers every question under every positive and negative system prompt; the judge keeps the pairs
+    that show the trait; the concept is the difference of the answers' mean activations. `--samples 1
+    --max-new-tokens 100` is a quick first look. What was answered and judged is kept: after a failure the same
+    command goes on with it.
     """
     if judge_model and judge_concept:
         raise typer.BadParameter("a model or a concept judges, not both: --judge-model or --judge-concept")
@@ -100,8 +101,8 @@ def answers(
 ) -> None:
     """The answers behind a persona vector: their texts, scores, and whether the pair was kept or why not.
 
-    `whence concepts answers evil --side positive --kept --into evil-answers.jsonl` writes conversations (question and
-    answer, the system prompt among the metadata) that can serve as a query set.
+    `whence concepts answers evil --side positive --kept --into evil-answers.jsonl` writes conversations (question
+    and answer, the system prompt among the metadata) that can serve as a query set.
     """
     with connect(url) as client:
         if into is not None:

@@ -37,7 +37,7 @@ class ProbeJudgeIn(Request):
     threshold: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="Positive answers must lie above it, negative ones below. Default: half-way between their means",
+        description="Positive answers must lie above it, negative ones below. Default: half-way between both means",
     )
 
 

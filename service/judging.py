@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from service.errors import Forbidden, Invalid
-from service.settings import Settings
-
 # Why a pair is left out.
 NO_ANSWER = "no_answer"  # one of the two is empty
 TOO_LONG = "prompt_too_long"  # there is no room for an answer
@@ -81,23 +78,3 @@ def thresholds(judge: Judge, positive: Sequence[float], negative: Sequence[float
             middle = (math.fsum(positive) / len(positive) + math.fsum(negative) / len(negative)) / 2
             return middle, middle
     return 0.0, 0.0
-
-
-def check_allowed(url: str | None, settings: Settings) -> str:
-    """The judge's base URL, if the settings allow it. Raises Forbidden, or Invalid where it is left open which.
-
-    Whole base URLs are compared, so that no request can point the server, or a key, at another address.
-    """
-    known = settings.judge_urls
-    if url is None and len(known) != 1:
-        which = f"Name one of {', '.join(known)}" if known else "None is allowed: set WHENCE_JUDGES on the server"
-        raise Invalid("judge_url_needed", f"Which judge? {which}.", param="judge.url")
-    found = next(iter(known)) if url is None else url.rstrip("/")
-    if found not in known:
-        raise Forbidden(
-            "judge_not_allowed",
-            f"This server may not call {url}; it may call {', '.join(known) or 'no judge'}. Whoever runs it adds "
-            "base URLs to WHENCE_JUDGES.",
-            param="judge.url",
-        )
-    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from service import codec
 from service.contracts import ConceptRecord, ModelRecord
 from service.errors import Conflict, Invalid
-from service.judging import HttpJudge, Judge, NoJudge, ProbeJudge, check_allowed
+from service.judging import HttpJudge, Judge, NoJudge, ProbeJudge
 from service.models import end_tokens
 from service.personas import PersonaSpec, SystemPrompt
 from service.planning import layers_of, reading_of
@@ -97,7 +97,7 @@ def _judge(request: PersonaRequest, model: ModelRecord, registry: Registry, sett
         if asked.negative_below > asked.positive_above:
             detail = "An answer would show the trait and lack it: negative_below must not exceed positive_above."
             raise Invalid("thresholds_cross", detail, param="judge.negative_below")
-        url = check_allowed(asked.url, settings)
+        url = settings.judge_at(asked.url)
         return HttpJudge(url, asked.model, asked.positive_above, asked.negative_below)
     concept = registry.get(CONCEPTS, asked.concept, param="judge.concept")
     _check_probe(concept, model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.errors import Invalid
+from service.errors import Forbidden, Invalid
 from service.local_cache import CacheAt
 
 # No user, query or fragment: what is called is this and a path behind it.
@@ -113,16 +113,37 @@ class Settings(BaseSettings):
         parts = (part.strip().partition("=") for part in self.judges.split(",") if part.strip())
         return {url.rstrip("/"): variable for url, _, variable in parts}
 
+    def judge_at(self, url: str | None) -> str:
+        """The base URL of a judge, if it is one of them; None: the only one. Raises Forbidden, Invalid.
+
+        Whole base URLs are compared, so that no request can point the server, or a key, at another address.
+        """
+        known = self.judge_urls
+        if url is None and len(known) != 1:
+            which = (
+                f"Name one of {', '.join(known)}." if known else "None is allowed: set WHENCE_JUDGES on the server."
+            )
+            raise Invalid("judge_url_needed", f"Which judge? {which}", param="judge.url")
+        found = next(iter(known)) if url is None else url.rstrip("/")
+        if found not in known:
+            raise Forbidden(
+                "judge_not_allowed",
+                f"This server may not call {url}; it may call {', '.join(known) or 'no judge'}. Whoever runs it "
+                "adds base URLs to WHENCE_JUDGES.",
+                param="judge.url",
+            )
+        return found
+
     def judge_key(self, url: str) -> SecretStr | None:
         """The key of a judge; None: it needs none. Raises Invalid while its variable is not set."""
         variable = self.judge_urls[url]
         if not variable:
             return None
         key = os.environ.get(variable, "").strip()
-        if not key:
+        if not (key and key.isascii() and key.isprintable()):  # else it would be shown by whoever cannot send it
             raise Invalid(
                 "judge_key_missing",
-                f"The dispatcher has no {variable} in its environment, where WHENCE_JUDGES says that the key of "
+                f"The dispatcher has no usable {variable} in its environment, where WHENCE_JUDGES says that the key of "
                 f"{url} is. Set it and start the dispatcher again.",
                 param="judge.url",
             )

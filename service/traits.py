@@ -4,6 +4,7 @@ The format of the persona vectors paper (arXiv 2507.21509): ``{"instruction": [{
 "questions": […], "eval_prompt": …}``.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 from service import codec
 from service.errors import Invalid
-from service.storage import sha256_bytes
 
 MOST_BYTES = 1 << 20
 _MOST_INSTRUCTIONS, _MOST_QUESTIONS = 100, 1000
@@ -54,7 +54,7 @@ def read(data: bytes, *, param: str) -> TraitFile:
         raise _bad(f"no valid JSON: {error.msg}", f"{param} line {error.lineno}") from error
     except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
         raise _bad(f"no valid JSON: {error}", param) from error
-    return TraitFile(parse(plain, param=param), sha256_bytes(data))
+    return TraitFile(parse(plain, param=param), hashlib.sha256(data).hexdigest())
 
 
 def from_object(plain: Any, *, param: str) -> TraitFile:

@@ -176,7 +176,9 @@ class Asker:
         headers = {"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else {}
         limits = httpx.Limits(max_connections=self._parallel)
         timeout = httpx.Timeout(self._patience.timeout_s)
-        with httpx.Client(headers=headers, limits=limits, timeout=timeout, follow_redirects=False) as client:
+        secure = self._judge.url.startswith("https:")  # else there are no certificates to load and look at
+        about = {"headers": headers, "limits": limits, "timeout": timeout, "verify": secure}
+        with httpx.Client(**about, follow_redirects=False) as client:
             yield client
 
     def _refused(self, status: int, body: bytes) -> Invalid:

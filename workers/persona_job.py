@@ -156,8 +156,7 @@ class _Job:
         if not isinstance(judge, HttpJudge):
             return None
         settings = settings or Settings(judges="")  # pyright: ignore[reportCallIssue]
-        judging.check_allowed(judge.url, settings)
-        key = settings.judge_key(judge.url)
+        key = settings.judge_key(settings.judge_at(judge.url))
         return Asker(judge, self._stages.storage, key=key, parallel=settings.judge_parallel)
 
     def _asked(self, asker: Asker, answered: Sequence[Answered]) -> list[Verdict]:

@@ -26,9 +26,9 @@ router = APIRouter(prefix="/v1", tags=["concepts"])
     responses=documented(403, 404, 409, 422),
 )
 def fit_persona(body: PersonaIn, services: ServicesDep, response: Response) -> JobRecord:
-    """Queue it: the model answers the trait's questions under its positive and negative system prompts, a judge keeps
-    the pairs that show the trait, and the concept is the difference of their mean activations. The same request while
-    its job runs answers that job; sent again after a failure it goes on with what is done.
+    """Queue it: the model answers the trait's questions under its positive and negative system prompts, a judge
+    keeps the pairs that show the trait, and the concept is the difference of their mean activations. The same
+    request while its job runs answers that job; sent again after a failure it goes on with what is done.
     """
     judge = body.judge
     asked = None
@@ -65,8 +65,8 @@ def get_answers(
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> AnsweredPage:
-    """What the model said on each side, the judge's score, and whether the pair was kept or why not. ``reference`` is
-    the concept, or the key that a job which found too few pairs names as 'answers'.
+    """What the model said on each side, the judge's score, and whether the pair was kept or why not. ``reference``
+    is the concept, or the key that a job which found too few pairs names as 'answers'.
     """
     found = persona_answers.read(services.storage, services.registry, reference)
     some = [each for each in found if side in {None, each.side} and kept in {None, each.kept}]
@@ -76,7 +76,7 @@ def get_answers(
 def _trait(body: PersonaIn, services: Services) -> TraitFile:
     if body.path is None:
         if isinstance(body.trait, str):
-            return traits.read(body.trait.encode(errors="replace"), param="trait")
+            return traits.read(body.trait.encode(errors="surrogatepass"), param="trait")
         return traits.from_object(body.trait, param="trait")
     path = inside_roots(body.path, services.settings.allowed_roots, param="path")
     try:
