@@ -143,8 +143,8 @@ class Settings(BaseSettings):
         if not (key and key.isascii() and key.isprintable()):  # else it would be shown by whoever cannot send it
             raise Invalid(
                 "judge_key_missing",
-                f"The dispatcher has no usable {variable} in its environment, where WHENCE_JUDGES says that the key of "
-                f"{url} is. Set it and start the dispatcher again.",
+                f"The dispatcher has no usable {variable} in its environment, where WHENCE_JUDGES says that the "
+                f"key of {url} is. Set it and start the dispatcher again.",
                 param="judge.url",
             )
         return SecretStr(key)

@@ -392,6 +392,19 @@ def test_answers_that_cannot_be_have_a_reason(world):
     assert {(each.answer, each.kept, each.reason) for each in gone} == {("", False, "prompt_too_long")}
 
 
+def test_a_model_that_gives_nan_loses_those_pairs_and_says_so(world):
+    tokenizer = tiny.byte_pairs(tiny.TAGGED)
+    folder = Path(tiny.save(world.root / "nan", "llama", tokenizer))
+    model = tiny.model("llama", vocab=len(tokenizer))
+    with torch.no_grad():  # é is in one system prompt only
+        model.get_input_embeddings().weight[tokenizer("née")["input_ids"][1]] = torch.nan
+    model.save_pretrained(folder)
+    world.lab.model("nan", folder)
+    result = world.run(world.plan("nan", model="nan"))
+    assert result["pairs"] == {"made": 10, "kept": 5, "dropped": {"not_finite": 5}, "questions": 5}
+    assert np.isfinite(world.direction("nan")).all()
+
+
 # --- what is asked for ----------------------------------------------------------------------------------
 
 

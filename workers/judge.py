@@ -82,14 +82,13 @@ class Asker:
         accept, and Unavailable when it did not answer in time; verdicts so far are kept.
         """
         keys = [codec.digest([FORMAT, "verdict", self._judge.url, self._judge.model, each]) for each in questions]
-        found: dict[str, Verdict] = {}
-        for key in dict.fromkeys(keys):
-            if (known := artifacts.made(self._storage, key)) is not None:
-                found[key] = _from_facts(known.facts)
-        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in found}
-        total, known_before = len(set(keys)), len(found)
-        context.progress(_STAGE, known_before, total, unit="answers", resumed=known_before)
         pool = ThreadPoolExecutor(self._parallel, "judge")
+        unique = list(dict.fromkeys(keys))
+        stored = pool.map(lambda key: artifacts.made(self._storage, key), unique)
+        found = {key: _from_facts(made.facts) for key, made in zip(unique, stored, strict=True) if made is not None}
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in found}
+        total, known_before = len(unique), len(found)
+        context.progress(_STAGE, known_before, total, unit="answers", resumed=known_before)
         running: dict[Future[Verdict], str] = {}
         with self._connected() as client:
             try:
