@@ -1,5 +1,6 @@
 """A judge over HTTP: what its words mean, and that it is asked patiently, within bounds, and nothing twice."""
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -202,6 +203,13 @@ def test_a_reply_that_takes_too_long_is_given_up(server, storage):
     with pytest.raises(Unavailable, match="Timeout"):
         asker(server, storage, patience=replace(QUICK, attempts=1, timeout_s=0.05)).ask(["q"], Silent())
     release.set()
+
+
+def test_a_reply_without_end_is_not_read_to_its_end(server, storage):
+    whole = json.dumps(completion("42")[2]).encode()
+    server.answer = lambda _sent: (200, {}, b" " * (2 << 20) + whole)
+    with pytest.raises(Unavailable, match="200"):
+        asker(server, storage, patience=replace(QUICK, attempts=1)).ask(["q"], Silent())
 
 
 @pytest.mark.parametrize(("status", "says"), [(401, "key"), (404, "base URL"), (302, "OpenAI-compatible")])

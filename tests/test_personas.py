@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,14 @@ def world(tmp_path_factory: pytest.TempPathFactory):
 # --- the vector, against transformers and hooks -----------------------------------------------------------
 
 
-def oracle(world: World, each: Answered) -> tuple[list[int], np.ndarray]:
+def oracle(world: World, each: Answered, ends: Sequence[int] = (1,)) -> tuple[list[int], np.ndarray]:
     """The answer's tokens, sampled one by one without a cache, and the mean output of every block over them."""
     chat = [{"role": "system", "content": each.system}, {"role": "user", "content": each.prompt}]
     about = {"add_generation_prompt": True, "return_dict": False}
     prompt = np.array(world.loaded.tokenizer.apply_chat_template(chat, **about))
     uniform = uniforms(3, codec.digest(["elicit", each.system, each.prompt, each.sample]), LIMIT)
-    answer = one_by_one(world.loaded, prompt, uniform, limit=LIMIT)
-    said = answer[:-1] if answer[-1] == world.loaded.tokenizer.eos_token_id else answer
+    answer = one_by_one(world.loaded, prompt, uniform, limit=LIMIT, ends=ends)
+    said = answer[:-1] if answer[-1] in ends else answer
     outputs: list[torch.Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -119,16 +120,28 @@ def oracle(world: World, each: Answered) -> tuple[list[int], np.ndarray]:
 
 
 def test_vectors_are_differences_of_mean_activations_of_answers_under_their_own_prompts(world):
-    result = world.run(world.plan("v", layers=(1, 2, 3), each_layer=True))
+    ends = (1, *range(60, 90))  # of the model's folder, so that some answers end before they are cut
+    folder = Path(tiny.save(world.root / "ends", "llama", world.loaded.tokenizer))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+    world.lab.model("ends", folder)
+    result = world.run(world.plan("v", model="ends", samples=2, layers=(1, 2, 3), each_layer=True))
     assert result["concept"] == ["v-l1", "v-l2", "v-l3"]
-    answered = world.answers("v-l2")
-    assert len(answered) == 2 * 2 * 5
+    made = world.answers("v-l2")
+    assert len(made) == 2 * 2 * 5 * 2
     rows: dict[str, list[np.ndarray]] = {"positive": [], "negative": []}
+    answered = [each for each in made if each.kept]
     for each in answered:
-        tokens, states = oracle(world, each)
-        assert each.answer == world.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        pair = TRAIT["instruction"][each.instruction]
+        assert each.system == (pair["pos"] if each.side == "positive" else pair["neg"])
+        assert each.prompt == TRAIT["questions"][each.question]
+        tokens, states = oracle(world, each, ends)
+        said = tokens[:-1] if tokens[-1] in ends else tokens
+        assert each.answer == world.loaded.tokenizer.decode(said, skip_special_tokens=True)
         assert each.tokens == len(tokens)
         rows[each.side].append(states)
+    assert 2 < sum(each.tokens < LIMIT for each in answered) < len(answered)
+    kept = len(answered) // 2
+    assert result["pairs"]["dropped"] == ({"no_answer": 20 - kept} if kept < 20 else {})
     expected = np.mean(rows["positive"], axis=0) - np.mean(rows["negative"], axis=0)
     for layer in (1, 2, 3):
         record = world.lab.registry.get(CONCEPTS, f"v-l{layer}")
@@ -136,7 +149,7 @@ def test_vectors_are_differences_of_mean_activations_of_answers_under_their_own_
         assert record.norm == pytest.approx(np.linalg.norm(own), rel=1e-5)
         np.testing.assert_allclose(world.direction(record.id), own / np.linalg.norm(own), atol=1e-5)
         assert (record.method, record.layer, record.pooling) == ("persona", layer, "response_mean")
-        assert (record.n_positive, record.n_negative) == (10, 10)
+        assert (record.n_positive, record.n_negative) == (kept, kept)
         assert record.auroc_held_out == pytest.approx(held_out(rows, answered, layer - 1))
     assert any("No judge" in warning for warning in result["warnings"])
 
@@ -166,7 +179,8 @@ def test_the_best_layer_is_that_which_tells_held_out_questions_apart(world):
     record = world.lab.registry.get(CONCEPTS, "best")
     assert (result["concept"], result["layer"], record.layer) == ("best", best["layer"], best["layer"])
     assert record.auroc_held_out == best["auroc_held_out"]
-    np.testing.assert_allclose(world.direction("best"), world.direction(f"v-l{best['layer']}"), atol=1e-6)
+    world.run(world.plan("each", layers=(), each_layer=True))
+    np.testing.assert_array_equal(world.direction("best"), world.direction(f"each-l{best['layer']}"))
 
 
 def test_no_question_is_on_both_sides_of_a_fold():
@@ -392,16 +406,26 @@ def test_answers_that_cannot_be_have_a_reason(world):
     assert {(each.answer, each.kept, each.reason) for each in gone} == {("", False, "prompt_too_long")}
 
 
-def test_a_model_that_gives_nan_loses_those_pairs_and_says_so(world):
-    tokenizer = tiny.byte_pairs(tiny.TAGGED)
-    folder = Path(tiny.save(world.root / "nan", "llama", tokenizer))
-    model = tiny.model("llama", vocab=len(tokenizer))
-    with torch.no_grad():  # é is in one system prompt only
-        model.get_input_embeddings().weight[tokenizer("née")["input_ids"][1]] = torch.nan
+def test_answers_whose_activations_are_nan_are_left_out_with_their_twins(world):
+    made = world.run(world.plan("finite"))["answers"]
+    tokens = [oracle(world, each)[0] for each in world.answers(made) if each.instruction == 0]
+    # A token that ends an answer, cut there, and is met nowhere else: it is written but never read.
+    last = next(each[-1] for each in tokens if len(each) == LIMIT and sum(x.count(each[-1]) for x in tokens) == 1)
+    folder = Path(tiny.save(world.root / "nan", "llama", world.loaded.tokenizer))
+    model = tiny.model("llama", vocab=len(world.loaded.tokenizer))
+    with torch.no_grad():  # another, é, is in one system prompt only: nothing can be answered there
+        for token in (last, world.loaded.tokenizer("née")["input_ids"][1]):
+            model.get_input_embeddings().weight[token] = torch.nan
     model.save_pretrained(folder)
     world.lab.model("nan", folder)
-    result = world.run(world.plan("nan", model="nan"))
-    assert result["pairs"] == {"made": 10, "kept": 5, "dropped": {"not_finite": 5}, "questions": 5}
+    result = world.run(world.plan("nan", model="nan", samples=2))
+    answered = world.answers("nan")
+    gone = [[each for each in answered if each.instruction == n and each.reason == "not_finite"] for n in (0, 1)]
+    assert any(a.answer and b.answer for a, b in zip(gone[0][::2], gone[0][1::2], strict=True))
+    assert len(gone[1]) == 20
+    assert set(result["pairs"]["dropped"]) == {"not_finite"}
+    assert result["pairs"]["kept"] + result["pairs"]["dropped"]["not_finite"] == 20
+    assert sum(each.kept for each in answered) == 2 * result["pairs"]["kept"]
     assert np.isfinite(world.direction("nan")).all()
 
 

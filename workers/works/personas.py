@@ -34,7 +34,8 @@ def elicit(work: ElicitWork, storage: Storage | None, loaded: Loaded, _examples:
     made = tensors[answers.FILE]
     stops = np.cumsum(made["lengths"])
     each = (made["ids"][start:stop] for start, stop in zip(stops - made["lengths"], stops, strict=True))
-    told = [loaded.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in each]
+    ends = ends_of(loaded, work.spec.ends)
+    told = [loaded.tokenizer.decode(_said(ids, ends).tolist(), skip_special_tokens=True) for ids in each]
     texts = np.frombuffer(json.dumps(told, ensure_ascii=False).encode(), dtype=np.uint8)
     tensors[TEXTS] = {"json": texts, "prompts": np.array(lengths, dtype=np.int32)}
     return tensors, facts
@@ -49,7 +50,7 @@ def responses(work: ResponsesWork, storage: Storage, loaded: Loaded, _examples: 
     prompts = _prompts(work.elicit, loaded, examples)
     tokens: dict[int, Tokens] = {}
     for position, (prompt, answer) in enumerate(zip(prompts, answers.read(storage, [work.answers]), strict=True)):
-        said = answer[:-1] if len(answer) and answer[-1] in ends else answer
+        said = _said(answer, ends)
         if len(said):
             ids = np.concatenate([prompt, said])
             tokens[position] = Tokens(ids, np.arange(len(ids)) >= len(prompt), bos=False, has_prompt=True)
@@ -63,6 +64,11 @@ def responses(work: ResponsesWork, storage: Storage, loaded: Loaded, _examples: 
         "positions": np.array(kept, dtype=np.int32),
     }
     return {ROWS: tensors}, {"examples": len(kept), "tokens": sum(map(len, tokens.values()))}
+
+
+def _said(answer: Ids, ends: Sequence[int]) -> Ids:
+    """Without the token that ends it, if one does."""
+    return answer[:-1] if len(answer) and answer[-1] in ends else answer
 
 
 def _example(work: ElicitWork, system: str, question: str, sample: int) -> Example:
