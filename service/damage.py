@@ -69,7 +69,11 @@ def explained(error: Damaged | NotFound, index: str | None) -> Damaged:
     file = error.param
     code, what = ("missing_file", "is missing") if error.code in {MISSING, "missing_artifact"} else (error.code, "")
     way, sentence = remedy(file, index)
-    of = f" of index {index}" if index and not file.startswith(("datasets/", "concepts/", "models/")) else ""
+    of = (
+        f" of index {index}"
+        if index and not file.startswith(("datasets/", "concepts/", "models/", "saes/"))
+        else ""
+    )
     detail = f"{file}{of} {what or 'is damaged: it is not what was written'}. {sentence}"
     context: dict[str, Any] = {**error.context, "file": file, "index": index, "repair": way}
     return Damaged(code, detail, param=file, context=context)
@@ -84,6 +88,8 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
         return command, f"Upload the same file again: `{command}`; the same content puts it back."
     if kind == "concepts" and not rest.endswith("record.json"):
         return None, f"Fit concept {owner!r} again under another id: what it was cannot be computed from anything."
+    if kind == "saes" and not rest.endswith("record.json"):
+        return None, f"Import or train SAE {owner!r} again, under another id."
     index = owner if kind == "indexes" else index
     command = f"whence indexes repair {index}" if index else None
     if command is None:

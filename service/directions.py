@@ -190,13 +190,7 @@ def choose(index: IndexRecord, query_set: DatasetRecord | None, request: Directi
     """The embedding that the fields name; where they leave several, dot, the default damping and the longest sum
     are taken. Raises Invalid with what there is.
     """
-    found = [array for array in index.arrays if array.kind == IndexKind.INFLUENCE]
-    if not found:
-        detail = (
-            f"Index {index.id} holds no influence embeddings, and directions are those of what training does: "
-            "build it with kind 'influence', or extend a gradient index (POST /v1/indexes/{reference}/query-sets)."
-        )
-        raise Invalid("kind_not_indexed", detail, param="index")
+    found = embeddings(index)
     for name, read, given, default in _fields(query_set, request):
         held = {read(array): None for array in found}
         wanted = given
@@ -213,6 +207,18 @@ def choose(index: IndexRecord, query_set: DatasetRecord | None, request: Directi
             raise Invalid(f"{name}_not_indexed", detail, param=name, context={"available": shown.split(", ")})
         found = left
     return max(found, key=lambda array: (_about(array).points, _about(array).rank is None, array.dims))
+
+
+def embeddings(index: IndexRecord) -> list[ArrayInfo]:
+    """What training on each example does, as the index holds it. Raises Invalid where it holds nothing of that."""
+    found = [array for array in index.arrays if array.kind == IndexKind.INFLUENCE]
+    if not found:
+        detail = (
+            f"Index {index.id} holds no influence embeddings, which say what training on an example does: "
+            "build it with kind 'influence', or extend a gradient index (POST /v1/indexes/{reference}/query-sets)."
+        )
+        raise Invalid("kind_not_indexed", detail, param="index")
+    return found
 
 
 def _fields(query_set: DatasetRecord | None, request: DirectionsRequest) -> list[tuple[str, Callable, Any, Any]]:

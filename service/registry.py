@@ -20,6 +20,7 @@ from service import codec, keys, results
 from service.contracts import AliasRecord, ConceptRecord, DatasetRecord, IndexRecord, ModelRecord, Rebuilt
 from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
 from service.pointers import Pointed, Pointers
+from service.sae_records import SaeRecord
 from service.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class Collection(Generic[T]):
 MODELS = Collection("models", "model", ModelRecord)
 DATASETS = Collection("datasets", "dataset", DatasetRecord)
 CONCEPTS = Collection("concepts", "concept", ConceptRecord)
+SAES = Collection("saes", "sae", SaeRecord)
 INDEXES = Collection("indexes", "index", IndexRecord)
-ALL: tuple[Collection[Any], ...] = (MODELS, DATASETS, CONCEPTS, INDEXES)
+ALL: tuple[Collection[Any], ...] = (MODELS, DATASETS, CONCEPTS, SAES, INDEXES)
 
 
 def check_id(value: str, *, param: str) -> str:
@@ -80,6 +82,11 @@ class Registry:
         self._kept: dict[tuple[str, str], Any] = {}
         self._keeping = threading.Lock()
         self._filling = threading.Lock()
+
+    @property
+    def storage(self) -> Storage:
+        """What the records are the entries of."""
+        return self._storage
 
     def add(self, collection: Collection[T], item_id: str, record: T) -> None:
         """Publish a new record. Raises Conflict when the id is taken; records are never replaced."""

@@ -6,12 +6,15 @@ from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.personas import PersonaSpec
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
 ROWS_PER_SHARD = 65_536  # of a compacted index
+MOST_CLUSTERS = 256
+MOST_TERMS = 64  # concepts of one recipe
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,17 @@ class DirectionsSpec:
 
 
 @dataclass(frozen=True)
+class ClustersSpec:
+    """The centres of ``count`` clusters of one influence embedding."""
+
+    key: str
+    index: str
+    array: ArrayInfo
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class RerankSpec:
     """Exact EK-FAC scores of some examples of an index, for the question that ``array`` answers."""
 
@@ -207,8 +221,11 @@ JobSpec = (
     | VerifySpec
     | RepairSpec
     | DirectionsSpec
+    | ClustersSpec
     | RerankSpec
     | PersonaSpec
+    | TrainSaeSpec
+    | EncodeFeaturesSpec
 )
 
 

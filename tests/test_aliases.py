@@ -408,3 +408,15 @@ def test_a_damaged_alias_is_named_and_neither_guessed_nor_in_the_way_of_others(
             asked()
     assert [alias.name for alias in other.registry.aliases()] == ["next"]
     assert other.of("next") == "a@v2"
+
+
+def test_an_alias_of_a_version_that_is_lost_says_so_and_never_comes_to_mean_another(world: World) -> None:
+    world.switch("prod", "a@v3")
+    shutil.rmtree(Path(world.storage.root) / "indexes/a@v3")
+    world.redis.flushall()
+    world.registry.rebuild()
+    with pytest.raises(Damaged, match="'prod' points at a@v3") as told:
+        world.of("prod")
+    assert (told.value.code, told.value.param) == ("missing_file", "indexes/a@v3/record.json")
+    assert world.of("a") == "a@v2"
+    assert indexes.next_version(world.redis, world.registry, "a") == 4

@@ -23,9 +23,10 @@ from service.work import (
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
+    TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, personas, rows, token_shares
+from workers.works import answers, choice, factors, personas, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -46,6 +47,7 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     MixWork: rows.mix,
     LossRowsWork: rows.loss_rows,
     TokenSharesWork: token_shares.token_shares,
+    TrainSaeWork: sae.train,
 }
 
 
