@@ -25,6 +25,7 @@ from api.routes import (
     indexes,
     jobs,
     models,
+    personas,
     queries,
     rankings,
     rerank,
@@ -88,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)
-    shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
+    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
     for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)
