@@ -13,6 +13,7 @@ from api.cli_aliases import aliases_app, registry_app
 from api.cli_asked import with_asked
 from api.cli_concepts import concepts_app
 from api.cli_directions import directions
+from api.cli_groups import groups
 from api.cli_indexes import indexes_app
 from api.cli_rankings import (
     AllOption,
@@ -26,6 +27,7 @@ from api.cli_rankings import (
     show_groups,
 )
 from api.cli_rerank import ExactOption, rerank
+from api.cli_saes import saes_app
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -62,11 +64,13 @@ for _name, _sub in (
     ("indexes", indexes_app),
     ("aliases", aliases_app),
     ("concepts", concepts_app),
+    ("saes", saes_app),
     ("jobs", jobs_app),
     ("registry", registry_app),
 ):
     app.add_typer(_sub, name=_name)
 app.command("compare")(compare)
+app.command("groups")(groups)
 indexes_app.command("directions")(directions)
 
 
@@ -286,11 +290,11 @@ def query(
             download_all(client, options, to_file, metadata=metadata)
             return
         if group_by is not None:
-            groups = groups_of(client, options, group_by, k=k, sort=sort, limit=limit)
+            found = groups_of(client, options, group_by, k=k, sort=sort, limit=limit)
             if as_json:
-                console.print_json(data=groups.model_dump(mode="json"))
+                console.print_json(data=found.model_dump(mode="json"))
             else:
-                show_groups(groups)
+                show_groups(found)
             return
         options |= {"k": k}
         answer = client.query(**options)

@@ -79,8 +79,9 @@ def until_ready(client: Client, ask: Callable[[], T | JobRecord]) -> T:
 
 def show_groups(answer: GroupsOut) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in (answer.group_by, "examples", "mean", "sum", f"of first {answer.k}", "lift"):
-        table.add_column(column, justify="left" if column == answer.group_by else "right")
+    table.add_column(answer.group_by or "cluster")
+    for column in ("examples", "mean", "sum", f"of first {answer.k}", "lift"):
+        table.add_column(column, justify="right")
     for group in answer.groups:
         table.add_row(
             "[dim]none[/dim]" if group.value is None else escape(str(group.value)),
@@ -93,7 +94,7 @@ def show_groups(answer: GroupsOut) -> None:
     console.print(table)
     if answer.total > len(answer.groups):
         console.print(f"[dim]{len(answer.groups)} of {answer.total:,} groups, by {answer.sort}[/dim]")
-    _show_ranking(answer)
+    show_ranking(answer)
 
 
 @with_asked
@@ -161,7 +162,7 @@ def show_comparison(answer: CompareOut) -> None:
         if movers:
             _show_movers(title, movers)
     for name, ranking in (("a", answer.a), ("b", answer.b)):
-        _show_ranking(ranking, f"{name}: ")
+        show_ranking(ranking, f"{name}: ")
 
 
 def _show_movers(title: str, movers: list[MoverOut]) -> None:
@@ -181,7 +182,7 @@ def _show_movers(title: str, movers: list[MoverOut]) -> None:
     console.print(table)
 
 
-def _show_ranking(found: RankingOut, name: str = "") -> None:
+def show_ranking(found: RankingOut, name: str = "") -> None:
     """Where a ranking comes from."""
     concept = f"; concept {found.concept.id} (layer {found.concept.layer})" if found.concept else ""
     said = (

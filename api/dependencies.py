@@ -8,10 +8,13 @@ from redis import Redis
 
 from service.contracts import JobRecord
 from service.directions import DirectionsService
+from service.groups import Groups
 from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -26,8 +29,11 @@ class Services:
     jobs: Jobs
     queries: QueryService
     whole: WholeRankings
+    groups: Groups
     directions: DirectionsService
     reranking: RerankService
+    features: FeaturesService
+    views: ViewService
 
 
 async def _services(request: Request) -> Services:

@@ -28,18 +28,22 @@ from api.routes import (
     queries,
     rankings,
     rerank,
+    saes,
 )
 from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
 from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
+from service.groups import Groups
 from service.jobs import Jobs
 from service.loading import IndexLoader
 from service.queries import QueryService
 from service.redis_server import connect
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings, load_settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -65,7 +69,10 @@ def create_app(settings: Settings) -> FastAPI:
     work = Jobs(redis)
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
-    app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
+    whole = WholeRankings(ranked, loader)
+    app = FastAPI(
+        title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422, 503)
+    )
     app.state.services = Services(
         settings=settings,
         redis=redis,
@@ -73,14 +80,18 @@ def create_app(settings: Settings) -> FastAPI:
         registry=registry,
         jobs=work,
         queries=ranked,
-        whole=WholeRankings(ranked, loader),
+        whole=whole,
+        groups=Groups(whole, loader, storage, work),
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
+        features=FeaturesService(registry, storage, work, loader),
+        views=ViewService(registry, storage, loader),
     )
     problems.install(app)
     shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
-    for module in (*shown, registry_routes, health):
+    for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)
+    app.include_router(saes.of_index)
     return app
 
 

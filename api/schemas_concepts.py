@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Base64Bytes, BeforeValidator, ConfigDict, Field, model_validator
 
 from api.schemas import Id, Request
-from service.derived import MOST
+from service.specs import MOST_TERMS
 from service.terms import Pooling
 
 _LARGEST = 4 << 20  # bytes of a safetensors file that holds one vector
@@ -22,8 +22,8 @@ class DeriveIn(Request):
     """Σ weight · direction over ``terms``, then without what lies in the span of ``project_out``."""
 
     id: Id
-    terms: list[TermIn] = Field(min_length=1, max_length=MOST)
-    project_out: list[str] = Field([], max_length=MOST, description="Concepts whose span is taken out")
+    terms: list[TermIn] = Field(min_length=1, max_length=MOST_TERMS)
+    project_out: list[str] = Field([], max_length=MOST_TERMS, description="Concepts whose span is taken out")
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,11 +1,12 @@
 """Requests and answers about whole rankings: all scores, groups of examples, two rankings side by side."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from api.schemas import ConceptUsed, Provenance, QuestionIn, Request
 from service.contracts import Place
+from service.specs import MOST_CLUSTERS
 from service.terms import GroupSort, Method, Order
 
 
@@ -18,12 +19,31 @@ class ScoresIn(QuestionIn):
 class GroupsIn(QuestionIn):
     """A query for groups of examples."""
 
-    group_by: str = Field(description="Metadata field whose values make the groups", examples=["topic"])
+    group_by: str | None = Field(
+        None, description="Metadata field whose values make the groups", examples=["topic"]
+    )
+    clusters: int | None = Field(
+        None,
+        ge=2,
+        le=MOST_CLUSTERS,
+        description="Instead of 'group_by': so many clusters of examples that do the same to the model",
+    )
+    seed: int = Field(0, ge=0, le=1 << 30, description="Of the clusters")
+    examples: int = Field(
+        3, ge=0, le=100, description="Examples to show of each group, those that come first in it"
+    )
+    terms: int = Field(6, ge=0, le=100, description="Words to show that tell a group's texts from the others'")
     k: int = Field(100, ge=1, description="How many of the first examples a group's share is of")
     sort: GroupSort = Field(
         GroupSort.MEAN, description="Figure that groups are sorted by; 'order' says which end comes first"
     )
     limit: int = Field(50, ge=1, le=10_000, description="How many groups")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.group_by is None) == (self.clusters is None):
+            raise ValueError("groups are made by a metadata field ('group_by') or by 'clusters': name one of them")
+        return self
 
 
 class CompareIn(Request):
@@ -50,18 +70,41 @@ class RankingOut(BaseModel):
 
 
 class GroupOut(BaseModel):
-    """Examples that have the same value."""
+    """Examples that have the same value, or lie in one cluster."""
 
-    value: Any = Field(description="null: the field is missing or null")
+    value: Any = Field(description="Or the number of the cluster; null: there is none")
     count: int
     sum: float = Field(description="Of their scores")
     mean: float
+    low: float | None = Field(description="The 95 % interval of the mean, by Student's t; null for one example")
+    high: float | None
+    share: float = Field(description="Sum of their scores over the sum of all examples' |scores|")
     share_of_top: float = Field(description="Share of the first k examples that are in this group")
     lift: float = Field(description="That share over the group's share of all examples; 1: no more than by chance")
+    examples: list["StandingOut"]
+    terms: list["TermOut"]
+
+
+class StandingOut(BaseModel):
+    """An example that comes first in its group."""
+
+    score: float
+    example_id: str
+    text: str = Field(description="Its beginning")
+    metadata: dict[str, Any]
+    places: list[Place]
+
+
+class TermOut(BaseModel):
+    word: str
+    z: float = Field(description="Standard errors by which its log-odds exceed those in the other texts")
+    share: float = Field(description="Of the group's first 100 texts, how many hold it")
 
 
 class GroupsOut(RankingOut):
-    group_by: str
+    group_by: str | None
+    clusters: int | None
+    cohesion: float | None = Field(description="Mean cosine of an example's embedding with its cluster's centre")
     sort: GroupSort
     k: int = Field(description="What shares are of: the k asked for, or all examples where there are fewer")
     total: int = Field(description="Groups there are; 'groups' holds the first of them")

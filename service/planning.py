@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from redis import Redis
 
-from service import aliases, indexes
+from service import aliases, concepts, indexes
 from service.contracts import Checkpoint, ModelRecord, Point
 from service.errors import Invalid
 from service.models import end_point, end_tokens
-from service.registry import CONCEPTS, DATASETS, MODELS, Registry, check_id
+from service.registry import DATASETS, MODELS, Registry, check_id
 from service.settings import Settings
 from service.specs import (
     BuildIndexSpec,
@@ -204,7 +204,7 @@ def _influence(
         raise Invalid("needs_eigen", detail, param="projection")
     at_layer: Counter[int] = Counter()
     for name in dict.fromkeys(request.directions):
-        concept = registry.get(CONCEPTS, name, param="directions")
+        concept = concepts.get(registry, name, param="directions")
         if concept.lineage != model.lineage or concept.width != model.width:
             detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
             raise Invalid("concept_of_other_lineage", detail, param="directions")

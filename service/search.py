@@ -141,6 +141,21 @@ class VectorIndex:
         found = self._each(lambda number: self.blocks[number].scores(query), range(len(self.blocks)))
         return np.concatenate(found) if found else np.zeros(0, dtype=np.float32)
 
+    def nearest(self, queries: F32) -> tuple[NDArray[np.int64], F32]:
+        """Of every row the query (q, d) with the largest ⟨query, row⟩ and that score, (n,) each: one pass."""
+        together = np.stack([self._check(query) for query in queries])
+
+        def one(number: int) -> Found:
+            scores = self.blocks[number].many_scores(together)
+            best = scores.argmax(axis=0)
+            return best, scores[best, np.arange(len(best))]
+
+        found = self._each(one, range(len(self.blocks)))
+        if not found:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        best, scores = (np.concatenate(each) for each in zip(*found, strict=True))
+        return best, scores
+
     def take(self, rows: NDArray[np.int64]) -> F32:
         """Some rows in float32, (len(rows), d), in this order."""
         out = np.empty((len(rows), self.d), dtype=np.float32)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling, ProbeMethod
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
 ROWS_PER_SHARD = 65_536  # of a compacted index
+MOST_CLUSTERS = 256
+MOST_TERMS = 64  # concepts of one recipe
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,17 @@ class DirectionsSpec:
 
 
 @dataclass(frozen=True)
+class ClustersSpec:
+    """The centres of ``count`` clusters of one influence embedding."""
+
+    key: str
+    index: str
+    array: ArrayInfo
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class RerankSpec:
     """Exact EK-FAC scores of some examples of an index, for the question that ``array`` answers."""
 
@@ -218,7 +232,10 @@ JobSpec = (
     | VerifySpec
     | RepairSpec
     | DirectionsSpec
+    | ClustersSpec
     | RerankSpec
+    | TrainSaeSpec
+    | EncodeFeaturesSpec
 )
 
 

@@ -123,7 +123,10 @@ class JobKind(StrEnum):
     VERIFY_INDEX = "verify_index"
     REPAIR_INDEX = "repair_index"
     DIRECTIONS = "directions"
+    CLUSTERS = "clusters"
     RERANK = "rerank"
+    TRAIN_SAE = "train_sae"
+    ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

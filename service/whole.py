@@ -5,27 +5,22 @@ query stops at the best k.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from service import columns
 from service.cache import LoadingCache
-from service.columns import FieldKind
 from service.contracts import Example, JobRecord
 from service.errors import DomainError, Invalid
 from service.examples import Examples
 from service.loading import IndexLoader
 from service.queries import Prepared, QueryService
 from service.questions import Query
-from service.rankings import I64, Comparison, Group, Mover, compared, grouped, strengths
+from service.rankings import I64, Comparison, Mover, compared, strengths
 from service.rows import F32
-from service.terms import GroupSort, Order
+from service.terms import Order
 
 _KEPT_BYTES = 256 << 20  # of scores in memory: 64 rankings of a million examples
 
@@ -39,16 +34,6 @@ class Scored:
     examples: Examples
     scores: F32
     positions: I64
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """``groups`` that come first, of ``total``; ``k`` examples stood at the top when shares were counted."""
-
-    scored: Scored
-    groups: tuple[Group, ...]
-    total: int
-    k: int
 
 
 @dataclass(frozen=True)
@@ -84,19 +69,6 @@ class WholeRankings:
         """The score of every example that the query ranks, whatever its ``k``; or the job that must end first."""
         ready = self._queries.prepare(query)
         return ready if isinstance(ready, JobRecord) else self._score(ready, query.order)
-
-    def groups(self, query: Query, field: str, *, by: GroupSort, limit: int) -> Grouped | JobRecord:
-        """Examples by their value of a metadata field; ``k`` of the query: the top that shares are of.
-
-        Raises Invalid (``unknown_field``) for one that no example has, naming those there are.
-        """
-        scored = self.scores(query)
-        if isinstance(scored, JobRecord):
-            return scored
-        codes, names = _coded(scored.examples, field)
-        codes = codes[scored.positions]
-        groups, total = grouped(scored.scores, codes, names, query.k, order=query.order, by=by, limit=limit)
-        return Grouped(scored, tuple(groups), total, min(query.k, len(scored.scores)))
 
     def compare(self, a: Query, b: Query, *, k: int, movers: int) -> Compared | JobRecord:
         """Two rankings on the examples that both hold, or the job that one of them needs first.
@@ -147,17 +119,6 @@ def _all_finite(scores: F32) -> F32:
         raise Invalid("scores_overflow", detail)
     scores.flags.writeable = False
     return scores
-
-
-def _coded(examples: Examples, field: str) -> tuple[I64, list[Any]]:
-    """Of every example its place in the list of values that the field has, and that list; the last one is None."""
-    column = examples.field(field, param="group_by").chunk(0)
-    if not isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_encode()
-    values = column.dictionary.to_pylist()
-    if examples.fields().get(columns.name_of(columns.path_of(field, param="group_by"))) == FieldKind.MIXED:
-        values = [json.loads(value) for value in values]
-    return column.indices.fill_null(len(values)).to_numpy().astype(np.int64), [*values, None]
 
 
 def _common(a: Scored, b: Scored) -> tuple[I64, I64]:

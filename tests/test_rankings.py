@@ -16,6 +16,7 @@ from service.rankings import (
     percentiles,
     ranked,
     strengths,
+    student_95,
     z_scores,
 )
 from service.terms import GroupSort, Order
@@ -144,6 +145,27 @@ def test_a_group_that_holds_all_of_the_top_is_lifted_by_the_inverse_of_its_share
         ("planted", 1.0, 4.0),
         ("rest", 0.0, 0.0),
     ]
+
+
+def test_intervals_and_shares_of_groups() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=400).astype(np.float32)
+    codes = np.repeat([0, 1, 2, 3, 4], [1, 2, 4, 93, 300])
+    groups, _ = grouped(scores, codes, list("abcde"), 10)
+    for group in groups:
+        own = scores[codes == group.code].astype(np.float64)
+        assert group.share == pytest.approx(own.sum() / np.abs(scores).sum(dtype=np.float64))
+        if len(own) == 1:
+            assert group.error is None
+            continue
+        low, high = stats.t.interval(0.95, len(own) - 1, loc=own.mean(), scale=stats.sem(own))
+        assert group.error == pytest.approx((high - low) / 2, rel=1e-3)
+        assert group.mean == pytest.approx((high + low) / 2)
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 40), 100, 10_000])
+def test_quantiles_of_student(freedom: int) -> None:
+    assert student_95(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
 
 
 def test_no_examples_make_no_groups() -> None:

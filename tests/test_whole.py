@@ -28,6 +28,7 @@ from api.up import free_port
 from service import artifacts, concepts, datasets, indexes, ranking_file, shards
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord
 from service.errors import Invalid
+from service.groups import GroupBy, Groups, Shown
 from service.jobs import Jobs
 from service.queries import QueryService
 from service.questions import Query
@@ -160,6 +161,10 @@ def client(shelf: Topics, redis_server: EmbeddedRedis, monkeypatch: pytest.Monke
 def whole(shelf: Topics, registry: Registry, storage: Storage, jobs: Jobs) -> WholeRankings:
     loader = shelf.loader()
     return WholeRankings(QueryService(registry, storage, jobs, loader, shard_size=4), loader)
+
+
+def grouping(whole: WholeRankings, shelf: Topics) -> Groups:
+    return Groups(whole, whole._loader, shelf.storage, whole._queries._jobs)
 
 
 def run(client: Client, *arguments: str) -> str:
@@ -358,9 +363,9 @@ def test_rows_that_may_not_be_ranked_are_in_no_ranking(shelf: Topics, whole: Who
     kept = np.flatnonzero(alive)
     assert [row["example_id"] for row in rows] == [shelf.ids[kept[row]] for row in np.argsort(-exact)]
     assert [row["z_score"] for row in rows] == pytest.approx(np.sort(stats.zscore(exact))[::-1], rel=1e-5)
-    groups = whole.groups(ask(k=100), "n", by=GroupSort.MEAN, limit=100)
+    groups = grouping(whole, shelf).run(ask(k=100), GroupBy("n"), Shown(GroupSort.MEAN, 100))
     assert not isinstance(groups, JobRecord)
-    assert sorted(group.value for group in groups.groups) == kept.tolist()
+    assert sorted(each.group.value for each in groups.groups) == kept.tolist()
     assert groups.k == len(kept)
 
 
@@ -370,7 +375,7 @@ def test_with_nothing_to_rank_the_file_is_empty(shelf: Topics, whole: WholeRanki
     found = scored(whole.scores(ask()))
     table = pq.read_table(BytesIO(b"".join(ranking_file.stream(found, {"index": "a@v1"}, metadata=True))))
     assert (table.num_rows, table.schema.metadata[b"whence.index"]) == (0, b"a@v1")
-    groups = whole.groups(ask(), "topic", by=GroupSort.MEAN, limit=5)
+    groups = grouping(whole, shelf).run(ask(), GroupBy("topic"), Shown(GroupSort.MEAN, 5, 3, 3))
     assert not isinstance(groups, JobRecord)
     assert (groups.groups, groups.total) == ((), 0)
     compared = whole.compare(ask(), ask("y"), k=10, movers=10)

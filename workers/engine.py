@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from service import artifacts, codec, concepts, indexes, models
+from service import artifacts, codec, concepts, indexes, models, succession
 from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
-from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
+from service.questions import pooling_of
+from service.registry import DATASETS, INDEXES, MODELS, Registry
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.specs import (
     BuildIndexSpec,
+    ClustersSpec,
     DirectionsSpec,
     EstimateSpec,
     ExtendIndexSpec,
@@ -29,7 +32,7 @@ from service.specs import (
 from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import directions_job, fit_concept, repair, rerank, tokens
+from workers import clusters, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -75,6 +78,13 @@ class RayEngine:
                 return self._token_shares(codec.from_plain(TokenSharesSpec, job.spec), stages)
             case JobKind.DIRECTIONS:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
+            case JobKind.CLUSTERS:
+                return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
+            case JobKind.TRAIN_SAE:
+                spec = codec.from_plain(TrainSaeSpec, job.spec)
+                return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))
+            case JobKind.ENCODE_FEATURES:
+                return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
@@ -126,9 +136,10 @@ class RayEngine:
 
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
-        stages.context.check()
         build = {**described(job), "created_at": record.created_at}
-        indexes.publish(self._storage, self._registry, record, manifest, build)
+        with succession.turn(self._redis, record.name):  # an append that is about to be published looks for this
+            stages.context.check()
+            indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
 
@@ -152,7 +163,8 @@ class RayEngine:
         manifest = indexes.read_manifest(self._storage, index)
         model = self._model(index.model, manifest.spec)
         parts = [self._registry.get(DATASETS, name) for name in index.datasets]
-        concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
+        pooling = pooling_of(index, spec.method)
+        concept = concepts.get(self._registry, spec.concept, pooling=pooling) if spec.concept else None
         vector = concepts.direction(self._storage, concept) if concept else None
         query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
         asked = Asked(spec.method, concept, vector, query_set, spec.function, spec.damping, spec.through)
@@ -167,6 +179,14 @@ class RayEngine:
     def _directions(self, spec: DirectionsSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         return directions_job.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _clusters(self, spec: ClustersSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return clusters.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _encode_features(self, spec: EncodeFeaturesSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return sae_jobs.encode(stages, self._registry, spec, indexes.read_manifest(self._storage, index))
 
     def _rerank(self, spec: RerankSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)

@@ -20,10 +20,13 @@ from api.schemas_rankings import (
     OverlapOut,
     RankingOut,
     ScoresIn,
+    StandingOut,
+    TermOut,
 )
 from service import codec, ranking_file
-from service.contracts import JobRecord
+from service.contracts import Example, JobRecord
 from service.datasets import render
+from service.groups import GroupBy, Portrait, Shown
 from service.whole import Moved, Scored
 
 router = APIRouter(prefix="/v1", tags=["queries"])
@@ -76,17 +79,50 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
     responses={**_JOB, **documented(404, 422, 500)},
 )
 def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsOut | JobRecord:
-    """Group all examples by a metadata field: mean and sum of scores, and each group's share of the first k."""
-    found = services.whole.groups(question(body, body.k), body.group_by, by=body.sort, limit=body.limit)
+    """Group all examples by a metadata field, or by what they do to the model: sum and mean of scores with its
+    interval, each group's share of the whole and of the first k, the examples that come first in it, and its words.
+    """
+    by = GroupBy(body.group_by, body.clusters, body.seed)
+    shown = Shown(body.sort, body.limit, body.examples, body.terms)
+    found = services.groups.run(question(body, body.k), by, shown)
     if isinstance(found, JobRecord):
         return accepted(response, found)
     return GroupsOut(
         **dict(_ranking(found.scored)),
         group_by=body.group_by,
+        clusters=body.clusters,
+        cohesion=found.cohesion,
         sort=body.sort,
         k=found.k,
         total=found.total,
-        groups=[GroupOut.model_validate(group, from_attributes=True) for group in found.groups],
+        groups=list(map(_portrait, found.groups)),
+    )
+
+
+def _portrait(found: Portrait) -> GroupOut:
+    group = found.group
+    width = group.error
+    return GroupOut(
+        value=group.value,
+        count=group.count,
+        sum=group.sum,
+        mean=group.mean,
+        low=None if width is None else group.mean - width,
+        high=None if width is None else group.mean + width,
+        share=group.share,
+        share_of_top=group.share_of_top,
+        lift=group.lift,
+        examples=[
+            StandingOut(
+                score=each.score,
+                example_id=each.example.id,
+                text=_beginning(each.example),
+                metadata=dict(each.example.metadata),
+                places=list(each.example.places),
+            )
+            for each in found.examples
+        ],
+        terms=[TermOut(word=each.word, z=each.z, share=each.share) for each in found.terms],
     )
 
 
@@ -128,14 +164,18 @@ def _ranking(scored: Scored) -> RankingOut:
 
 def _mover(moved: Moved) -> MoverOut:
     mover, example = moved.mover, moved.example
-    text = render(example.content)
     return MoverOut(
         example_id=example.id,
         rank_a=mover.rank_a,
         rank_b=mover.rank_b,
         percentile_a=mover.percentile_a,
         percentile_b=mover.percentile_b,
-        text=text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…",
+        text=_beginning(example),
         metadata=dict(example.metadata),
         places=list(example.places),
     )
+
+
+def _beginning(example: Example) -> str:
+    text = render(example.content)
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…"

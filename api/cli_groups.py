@@ -1,0 +1,108 @@
+"""`whence groups`: which groups of examples pushed the model toward the concept."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from api.cli_asked import with_asked
+from api.cli_rankings import show_ranking, until_ready
+from api.schemas_rankings import GroupOut, GroupsOut
+from api.terminal import DEFAULT_URL, AsJson, Url, connect, console
+from service.specs import MOST_CLUSTERS
+from service.terms import GroupSort
+
+_BAR = 21  # characters, zero in the middle
+_TEXT = 100  # characters of an example
+
+
+@with_asked
+def groups(
+    options: dict[str, Any],
+    by: Annotated[str | None, typer.Option("--by", help="Metadata field whose values make the groups.")] = None,
+    clusters: Annotated[
+        int | None,
+        typer.Option(help="Or so many clusters of what examples do to the model.", min=2, max=MOST_CLUSTERS),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the clusters.", min=0)] = 0,
+    k: Annotated[int, typer.Option("-k", "--k", help="The first so many, of which shares are shown.", min=1)] = 100,
+    sort: Annotated[GroupSort, typer.Option(help="What groups are sorted by; --order says which end first.")] = (
+        GroupSort.MEAN
+    ),
+    limit: Annotated[int, typer.Option(help="How many groups.", min=1, max=10_000)] = 20,
+    examples: Annotated[int, typer.Option(help="How many examples of each.", min=0, max=100)] = 1,
+    terms: Annotated[int, typer.Option(help="How many words of each.", min=0, max=100)] = 6,
+    url: Url = DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Which groups of training examples pushed the model toward the concept?
+
+    `whence groups --index sft --concept hostile --by source` groups by a metadata field;
+    `whence groups --index sft --concept hostile --method concept_influence --clusters 20` finds groups by itself:
+    examples that do the same to the model. Each is shown with its mean and the 95 % interval of that, its share of
+    all that pushes, the words that tell it from the rest, and its first examples.
+    """
+    if (by is None) == (clusters is None):
+        raise typer.BadParameter("Groups are made by a metadata field (--by) or by --clusters: name one of them.")
+    made = {"group_by": by} if by is not None else {"clusters": clusters, "seed": seed}
+    shown = {"k": k, "sort": sort, "limit": limit, "examples": examples, "terms": terms}
+    with connect(url) as client:
+        answer = until_ready(client, lambda: client.groups(**made, **shown, **options))
+    if as_json:
+        console.print_json(data=answer.model_dump(mode="json"))
+    else:
+        show(answer)
+
+
+def show(answer: GroupsOut) -> None:
+    ends = [each.high if each.high is not None else each.mean for each in answer.groups]
+    ends += [each.low if each.low is not None else each.mean for each in answer.groups]
+    widest = max(map(abs, ends), default=0.0)
+    table = Table(box=None, pad_edge=False)
+    for column in (answer.group_by or "cluster", "examples", "mean", "", "± 95 %", "share", f"of first {answer.k}"):
+        table.add_column(column, justify="left" if column in {answer.group_by or "cluster", ""} else "right")
+    table.add_column("words, and what comes first")
+    for group in answer.groups:
+        table.add_row(
+            "[dim]none[/dim]" if group.value is None else escape(str(group.value)),
+            f"{group.count:,}",
+            f"{group.mean:+.4g}",
+            bar(group, widest),
+            "" if group.high is None else f"{group.high - group.mean:.2g}",
+            f"{group.share:+.1%}",
+            f"{group.share_of_top:.1%}",
+            _words(group),
+        )
+    console.print(table)
+    if answer.total > len(answer.groups):
+        console.print(f"[dim]{len(answer.groups)} of {answer.total:,} groups, by {answer.sort}[/dim]")
+    if answer.cohesion is not None:
+        said = f"mean cosine of an example with the centre of its cluster: {answer.cohesion:.2f}"
+        console.print(f"[dim]{said}[/dim]", highlight=False)
+    show_ranking(answer)
+
+
+def bar(group: GroupOut, widest: float) -> str:
+    """The interval of the mean as a line, its mean as a point, zero as a bar in the middle."""
+    if widest == 0:
+        return ""
+
+    def place(value: float) -> int:
+        return round((value / widest + 1) / 2 * (_BAR - 1))
+
+    cells = [" "] * _BAR
+    if group.low is not None and group.high is not None:
+        for at in range(place(group.low), place(group.high) + 1):
+            cells[at] = "─"
+    cells[place(0)] = "│"
+    cells[place(group.mean)] = "●"
+    return "".join(cells)
+
+
+def _words(group: GroupOut) -> str:
+    lines = [" ".join(term.word for term in group.terms)] if group.terms else []
+    for each in group.examples:
+        place = f"{each.places[0].file}:{each.places[0].line}" if each.places else ""
+        lines.append(f"[dim]{escape(' '.join(each.text.split())[:_TEXT])} {escape(place)}[/dim]")
+    return "\n".join(lines)
