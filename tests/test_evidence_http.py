@@ -285,3 +285,21 @@ def test_a_persona_vector_from_a_trait_file_and_the_answers_behind_it(built, sta
     kept = tmp_path / "kept.jsonl"
     whence(stack, "concepts", "answers", "catlike", "--kept", "--into", str(kept))
     assert client.upload_dataset("catlike-answers", kept).lines == 24
+
+
+def test_a_sweep_over_layers_is_told_as_a_table_with_a_bar_for_each(built, stack, tmp_path):
+    here = lines(tmp_path / "here.jsonl", QUERIES)
+    fitted = ["--model", "ev-end", "--positive", str(here), "--negative", "ev-neg", "--layers", "all"]
+    told = whence(stack, "concepts", "fit", "ev-lda", *fitted, "--method", "lda")
+    with Client(stack.url) as client:
+        record = client.concept("ev-lda")
+    assert [each.layer for each in record.evidence.layers] == list(range(1, tiny.BLOCKS + 1))
+    for each in record.evidence.layers:
+        assert f"{each.auroc:.3f}" in told
+    assert told.count("█") + told.count("░") == 20 * tiny.BLOCKS
+    assert f"→ {record.layer} " in told
+    assert "cosine to difference_of_means" in told
+    assert all(warning in told for warning in record.evidence.warnings)
+    assert whence(stack, "concepts", "show", "ev-lda").split() == told.split()
+    about = json.loads(whence(stack, "concepts", "show", "ev-lda", "--json"))
+    assert about["evidence"]["layer"] == record.layer

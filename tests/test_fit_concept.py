@@ -309,6 +309,9 @@ def evidence(n: int = 100, m: int = 100, **about: Any) -> Evidence:
         (evidence(auroc_interval=(0.5, 0.9)), ("0.50 to 0.90, includes .5",)),
         (evidence(constant_dimensions=4, rank=60), ("4 of 64 dimensions",)),
         (evidence(rank=40), ("span 40 of 64", "s = 0.10")),
+        (evidence(rank=40, shrinkage=None), ()),
+        (evidence(c=0.01), ("strongest penalty",)),
+        (evidence(c=10_000.0), ()),
     ],
 )
 def test_warnings_are_given_where_they_are_due_and_nowhere_else(of, words):

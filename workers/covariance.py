@@ -13,8 +13,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
-from scipy.linalg.lapack import dpstrf  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg import cho_factor, cho_solve, get_lapack_funcs
 
 F64 = NDArray[np.float64]
 
@@ -97,4 +96,5 @@ def principal(rows: F64, gram: F64) -> tuple[F64, F64]:
 def rank_of(gram: F64) -> int:
     """How many dimensions rows span, from their gram, by a pivoted Cholesky factorisation."""
     largest = float(np.diag(gram).max())
-    return int(dpstrf(gram, tol=_NO_VALUE * largest)[2]) if largest > 0 else 0
+    (factorise,) = get_lapack_funcs(("pstrf",), (gram,))
+    return int(factorise(gram, tol=_NO_VALUE * largest)[2]) if largest > 0 else 0

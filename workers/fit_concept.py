@@ -16,13 +16,11 @@ from service.registry import CONCEPTS, DATASETS, Registry
 from service.specs import FitConceptSpec
 from service.storage import sha256_bytes
 from service.tasks import ShardManifest
-from service.terms import ProbeMethod
 from workers import held_out, probes
 from workers.probes import Probe
 from workers.stages import Stages
 
 _IMBALANCE = 3  # times as many on one side
-_LOGISTIC = (ProbeMethod.LOGISTIC, ProbeMethod.WHITENED_LOGISTIC)
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,11 @@ def about_probes(evidence: Evidence, width: int) -> list[str]:
             f"The examples span {chosen.rank} of {width} dimensions, so the covariance is rank-deficient; in the "
             f"others it is what shrinkage (s = {chosen.shrinkage:.2f}) assumes: no correlations."
         )
-    if evidence.method in _LOGISTIC and chosen.c in (probes.C_GRID[0], probes.C_GRID[-1]):
-        end = "strongest" if chosen.c == probes.C_GRID[0] else "weakest"
-        said.append(f"Cross-validation chose the {end} penalty there is (C = {chosen.c:g}).")
+    if chosen.c == probes.C_GRID[0]:
+        said.append(
+            f"Cross-validation chose the strongest penalty there is (C = {chosen.c:g}): no weights that it tried "
+            "held on other examples."
+        )
     return said
 
 
