@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from api.schemas_concepts import SuggestionsOut
 from api.transport import Transport
 from service import codec
 from service.contracts import ConceptRecord, JobRecord
@@ -54,6 +57,19 @@ class ConceptCalls(Transport):
         """Register numbers as a direction; ``options``: pooling."""
         body = {"id": concept_id, "model": model, "layer": layer, "vector": [float(each) for each in vector]}
         return codec.from_plain(ConceptRecord, self._call("POST", "/v1/concepts:give", json=body | options))
+
+    def suggest_concepts(
+        self, *, model: str, positive: Sequence[Any], negative: Sequence[Any], **options: Any
+    ) -> SuggestionsOut | JobRecord:
+        """Which known directions tell a few labelled examples apart; or the job that must end first.
+
+        Examples are texts, or objects as in a line of a dataset; ``options``: layers, pooling, index, k.
+        """
+        body = {"model": model, "positive": list(positive), "negative": list(negative), **options}
+        response = self._send("POST", "/v1/concepts:suggest", json=body)
+        if response.status_code == httpx.codes.ACCEPTED:
+            return codec.from_plain(JobRecord, response.json())
+        return SuggestionsOut.model_validate_json(response.content)
 
     def export_concept(self, concept_id: str, folder: Path) -> tuple[Path, Path]:
         """Write ``ID.safetensors`` and ``ID.json`` into a folder; their paths."""

@@ -17,6 +17,7 @@ from service.sae_features import FeaturesService
 from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
+from service.suggestions import SuggestService
 from service.whole import WholeRankings
 
 
@@ -30,6 +31,7 @@ class Services:
     queries: QueryService
     whole: WholeRankings
     groups: Groups
+    suggestions: SuggestService
     directions: DirectionsService
     reranking: RerankService
     features: FeaturesService

@@ -47,6 +47,7 @@ from service.sae_features import FeaturesService
 from service.sae_view import ViewService
 from service.settings import Settings, load_settings
 from service.storage import Storage
+from service.suggestions import SuggestService
 from service.whole import WholeRankings
 
 _ALLOCATIONS = 20_000  # more objects than were freed, before young ones are looked through
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     whole = WholeRankings(ranked, loader)
+    directions_of = DirectionsService(registry, storage, work, loader)
     app = FastAPI(
         title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422, 503)
     )
@@ -83,7 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
         queries=ranked,
         whole=whole,
         groups=Groups(whole, loader, storage, work),
-        directions=DirectionsService(registry, storage, work, loader),
+        directions=directions_of,
+        suggestions=SuggestService(registry, storage, work, directions_of, settings),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
         features=FeaturesService(registry, storage, work, loader),
         views=ViewService(registry, storage, loader),

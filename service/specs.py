@@ -192,6 +192,18 @@ class DirectionsSpec:
 
 
 @dataclass(frozen=True)
+class SuggestSpec:
+    """The activations of a few labelled examples, which candidates are compared on."""
+
+    key: str
+    model: str
+    positive: str  # dataset id
+    negative: str
+    pass_spec: PassSpec  # activation only
+    shard_size: int
+
+
+@dataclass(frozen=True)
 class ClustersSpec:
     """The centres of ``count`` clusters of one influence embedding."""
 
@@ -234,6 +246,7 @@ JobSpec = (
     | RepairSpec
     | DirectionsSpec
     | ClustersSpec
+    | SuggestSpec
     | RerankSpec
     | PersonaSpec
     | TrainSaeSpec

@@ -124,6 +124,7 @@ class JobKind(StrEnum):
     REPAIR_INDEX = "repair_index"
     DIRECTIONS = "directions"
     CLUSTERS = "clusters"
+    SUGGEST_CONCEPTS = "suggest_concepts"
     RERANK = "rerank"
     TRAIN_SAE = "train_sae"
     ENCODE_FEATURES = "encode_features"

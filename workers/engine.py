@@ -28,13 +28,14 @@ from service.specs import (
     QueryGradientSpec,
     RepairSpec,
     RerankSpec,
+    SuggestSpec,
     TokenSharesSpec,
     VerifySpec,
 )
 from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, fit_concept, persona_job, repair, rerank, sae_jobs, tokens
+from workers import clusters, directions_job, fit_concept, persona_job, repair, rerank, sae_jobs, suggest, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -86,6 +87,9 @@ class RayEngine:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
             case JobKind.CLUSTERS:
                 return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
+            case JobKind.SUGGEST_CONCEPTS:
+                spec = codec.from_plain(SuggestSpec, job.spec)
+                return suggest.compute(stages, self._registry, spec, self._model(spec.model, spec.pass_spec))
             case JobKind.TRAIN_SAE:
                 spec = codec.from_plain(TrainSaeSpec, job.spec)
                 return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))

@@ -1,5 +1,6 @@
 """Concepts: directions in a model's residual stream, fitted by jobs, put together from others, or brought along."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from fastapi import APIRouter, Response
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
 from api.schemas import Items
-from api.schemas_concepts import DeriveIn, GiveIn, ImportIn
+from api.schemas_concepts import DeriveIn, GiveIn, ImportIn, SuggestIn, SuggestionOut, SuggestionsOut
 from api.schemas_probes import ConceptIn
 from service import concept_files, concepts, derived
 from service.concept_planning import ConceptRequest, plan_concept
@@ -16,6 +17,7 @@ from service.contracts import ConceptRecord, JobRecord
 from service.derived import Recipe
 from service.questions import Weighted
 from service.registry import CONCEPTS, MODELS
+from service.suggestions import Suggestion, SuggestRequest
 from service.terms import JobKind
 
 router = APIRouter(prefix="/v1/concepts", tags=["concepts"])
@@ -62,6 +64,44 @@ def import_concept(body: ImportIn, services: ServicesDep) -> ConceptRecord:
     assert body.id and body.model and body.layer is not None and body.pooling is not None  # noqa: S101
     where = {"model": body.model, "layer": body.layer, "pooling": body.pooling}
     return concept_files.bring_foreign(*at, body.id, body.safetensors, **where)
+
+
+@router.post(
+    ":suggest",
+    summary="Which known directions tell these examples apart?",
+    responses={
+        202: {"model": JobRecord, "description": "What the answer needs is being computed; ask again then"},
+        **documented(404, 422),
+    },
+)
+def suggest_concepts(body: SuggestIn, services: ServicesDep, response: Response) -> SuggestionsOut | JobRecord:
+    """Rank registered concepts, SAE features and the main directions of an index by how well they separate a few
+    labelled examples, ten a side, say.
+    """
+    request = SuggestRequest(
+        model=body.model,
+        positive=tuple(body.positive),
+        negative=tuple(body.negative),
+        layers=tuple(body.layers),
+        pooling=body.pooling,
+        index=body.index,
+        count=body.k,
+    )
+    found = services.suggestions.run(request)
+    if isinstance(found, JobRecord):
+        return accepted(response, found)
+    about = {name: getattr(found, name) for name in ("candidates", "by_chance", "n_positive", "n_negative")}
+    return SuggestionsOut(
+        suggestions=[_suggestion(each) for each in found.found],
+        quarantined=found.quarantined,
+        warnings=list(found.warnings),
+        **about,
+    )
+
+
+def _suggestion(found: Suggestion) -> SuggestionOut:
+    effect = found.effect if math.isfinite(found.effect) else None
+    return SuggestionOut.model_validate({**vars(found), "effect": effect})
 
 
 @router.get("", summary="List concepts")
