@@ -1,5 +1,6 @@
 """Every error as an RFC 9457 problem document: the one place where domain errors meet status codes."""
 
+import json
 import logging
 from http import HTTPStatus
 from typing import Any
@@ -32,6 +33,14 @@ _STATUS: dict[type[errors.DomainError], int] = {
 }
 
 
+class _ProblemResponse(JSONResponse):
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        """What was sent may come back: half of a surrogate pair is no text, but its escape is JSON."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
 class Problem(BaseModel):
     """RFC 9457 problem details; ``code`` is stable and meant for programs."""
 
@@ -60,11 +69,8 @@ def problem(
     title = HTTPStatus(status).phrase
     body = {"type": f"urn:whence:problem:{code}", "title": title, "status": status, "code": code, "detail": detail}
     headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE and again else None
-    return JSONResponse(
-        {**extra, **body, "param": param, "instance": request.url.path},
-        status_code=status,
-        media_type=MEDIA_TYPE,
-        headers=headers,
+    return _ProblemResponse(
+        {**extra, **body, "param": param, "instance": request.url.path}, status_code=status, headers=headers
     )
 
 
