@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api import problems
+from api.body_limit import BodyLimit
 from api.dependencies import Services
 from api.routes import (
     aliases,
@@ -81,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
     )
     problems.install(app)
+    app.add_middleware(BodyLimit)
     shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
     for module in (*shown, registry_routes, health):
         app.include_router(module.router)

@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
+from api.body_limit import MOST_BYTES
 from api.main import create_app
 from service import codec, concepts, datasets, indexes, queries, shards
 from service.contracts import ArrayInfo, ConceptRecord, Counts, ModelRecord, Point
@@ -286,6 +287,18 @@ def test_what_is_no_text_is_refused_and_not_a_bug(http: TestClient, path: str, b
     response = http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 422, response.text
     assert response.json()["code"] in {"bad_filter", "invalid_request", "unknown_field"}
+
+
+def test_a_body_that_no_question_needs_is_not_read(http: TestClient) -> None:
+    long = b'{"index": "i", "concept": "a", "filter": {"s": "' + b"x" * MOST_BYTES + b'"}}'
+
+    def unannounced() -> Iterator[bytes]:
+        yield from (long[start : start + (1 << 20)] for start in range(0, len(long), 1 << 20))
+
+    for content in (long, unannounced()):
+        response = http.post("/v1/queries", content=content, headers={"content-type": "application/json"})
+        answer = response.json()
+        assert (response.status_code, answer["code"], answer["param"]) == (413, "body_too_large", "body")
 
 
 def test_a_cursor_holds_in_every_process() -> None:
