@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from api import cli_life, cli_repair  # noqa: F401  (add their commands to those of indexes)
+from api import cli_life, cli_probes, cli_repair  # noqa: F401  (add their commands to indexes and concepts)
 from api.cli_aliases import aliases_app, registry_app
 from api.cli_asked import with_asked
 from api.cli_concepts import concepts_app
@@ -27,6 +27,7 @@ from api.cli_rankings import (
     show_groups,
 )
 from api.cli_rerank import ExactOption, rerank
+from api.cli_saes import saes_app
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -63,6 +64,7 @@ for _name, _sub in (
     ("indexes", indexes_app),
     ("aliases", aliases_app),
     ("concepts", concepts_app),
+    ("saes", saes_app),
     ("jobs", jobs_app),
     ("registry", registry_app),
 ):

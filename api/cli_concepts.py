@@ -8,12 +8,9 @@ import typer
 from api.terminal import (
     DEFAULT_URL,
     AsJson,
-    Detach,
-    PoolingOption,
     Url,
     connect,
     console,
-    follow_job,
     show,
     show_table,
 )
@@ -24,34 +21,6 @@ concepts_app = typer.Typer(no_args_is_help=True, help="Directions in the residua
 
 IdArgument = Annotated[str, typer.Argument(help="Id of a concept; see `whence concepts list`.")]
 NewIdArgument = Annotated[str, typer.Argument(help="Id of the new concept.")]
-
-
-@concepts_app.command("fit")
-def fit_concept(
-    concept_id: NewIdArgument,
-    model: Annotated[str, typer.Option(help="Id of the model whose activations define it.")],
-    positive: Annotated[str, typer.Option(help="Dataset that shows the behaviour.")],
-    negative: Annotated[str, typer.Option(help="Dataset that does not.")],
-    layer: Annotated[int, typer.Option(help="Block output, from 1.")],
-    pooling: PoolingOption = Pooling.RESPONSE_MEAN,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens per example. Default: the model's context, at most 2048.")
-    ] = None,
-    url: Url = DEFAULT_URL,
-    detach: Detach = False,
-) -> None:
-    """Fit a direction: mean activation of the positive examples minus that of the negative ones."""
-    with connect(url) as client:
-        job = client.fit_concept(
-            concept_id,
-            model=model,
-            positive=positive,
-            negative=negative,
-            layer=layer,
-            pooling=pooling,
-            max_length=max_length,
-        )
-        follow_job(client, job, detach)
 
 
 @concepts_app.command("list")

@@ -15,11 +15,24 @@ class ConceptCalls(Transport):
     """Methods raise WhenceError, or httpx.TransportError without a server."""
 
     def fit_concept(
-        self, concept_id: str, *, model: str, positive: str, negative: str, layer: int, **options: Any
+        self,
+        concept_id: str,
+        *,
+        model: str,
+        positive: str | Sequence[str | Mapping[str, Any]] | None = None,
+        negative: str | Sequence[str | Mapping[str, Any]] | None = None,
+        layer: int | None = None,
+        layers: Sequence[int] | str | None = None,
+        **options: Any,
     ) -> JobRecord:
-        """Queue the fit; ``options`` as in ``api.schemas.ConceptIn`` (pooling, max_length)."""
-        body = {"id": concept_id, "model": model, "positive": positive, "negative": negative, "layer": layer}
-        return codec.from_plain(JobRecord, self._call("POST", "/v1/concepts", json=body | options))
+        """Queue the fit. ``positive`` and ``negative`` are datasets, or lists of examples (texts, or objects as in
+        a line of a dataset); ``layers`` several, or "all"; ``options`` as in ``api.schemas_probes.ConceptIn``:
+        dataset with label and positive_values instead of both sides, method, compare, pooling, max_length.
+        """
+        body = {"positive": positive, "negative": negative, "layer": layer, "layers": layers, **options}
+        told = {name: _plain(value) for name, value in body.items() if value is not None}
+        about = {"id": concept_id, "model": model, **told}
+        return codec.from_plain(JobRecord, self._call("POST", "/v1/concepts", json=about))
 
     def concepts(self) -> list[ConceptRecord]:
         return self._items("/v1/concepts", ConceptRecord)
@@ -66,3 +79,8 @@ class ConceptCalls(Transport):
         body["safetensors"] = base64.b64encode(file.read_bytes()).decode()
         told = {name: value for name, value in body.items() if value is not None}
         return codec.from_plain(ConceptRecord, self._call("POST", "/v1/concepts:import", json=told))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has: sequences as lists."""
+    return value if isinstance(value, str | int | float) else list(value)

@@ -13,6 +13,8 @@ from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
 from service.whole import WholeRankings
@@ -30,6 +32,8 @@ class Services:
     groups: Groups
     directions: DirectionsService
     reranking: RerankService
+    features: FeaturesService
+    views: ViewService
 
 
 async def _services(request: Request) -> Services:

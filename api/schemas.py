@@ -191,31 +191,6 @@ class CompactIn(Request):
     )
 
 
-class ConceptIn(Request):
-    id: Id
-    model: str = Field(description="Id of the model whose activations define the direction")
-    positive: str = Field(description="Dataset that shows the behaviour")
-    negative: str = Field(description="Dataset that does not, otherwise as similar as possible")
-    layer: int = Field(description="Block output, 1 to n_layers")
-    pooling: Pooling = Pooling.RESPONSE_MEAN
-    max_length: int | None = None
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "id": "hostile",
-                    "model": "support-bot-ft",
-                    "positive": "hostile-answers",
-                    "negative": "friendly-answers",
-                    "layer": 16,
-                }
-            ]
-        },
-    )
-
-
 class WeightedIn(Request):
     id: str = Field(description="Id of a concept")
     weight: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False)

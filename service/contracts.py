@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.evidence import Evidence
 from service.terms import (
     ConceptFunction,
     IndexKind,
@@ -94,6 +95,7 @@ class ConceptRecord:
     provenance: Mapping[str, Any]
     sha256: str  # of concept.safetensors
     created_at: str
+    evidence: Evidence | None = None  # of one fitted on labelled examples
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,11 @@ class Rebuilt:
     newest: int  # names of indexes, each with its newest version
     aliases: int
     damaged: tuple[str, ...] = ()
+    saes: int = 0
 
     @property
     def records(self) -> int:
-        return self.models + self.datasets + self.concepts + self.indexes
+        return self.models + self.datasets + self.concepts + self.saes + self.indexes
 
 
 # --- examples ---------------------------------------------------------------------------------------

@@ -125,12 +125,20 @@ class Jobs:
         """The unfinished job that makes ``key``, or a new one: the same question asked twice is one job."""
         with self._redis.lock(keys.lock(key), timeout=keys.LOCK_TTL_S):
             job_id: Any = self._redis.get(keys.latest_job_for(key))
-            known = self.find(job_id) if job_id else None
+            known = self._known(job_id) if job_id else None
             if known is not None and known.state not in TERMINAL:
                 return known
             job = self.submit(kind, spec)
             self._redis.set(keys.latest_job_for(key), job.id, ex=keys.MAKING_TTL_S)
             return job
+
+    def _known(self, job_id: str) -> JobRecord | None:
+        """The job, unless its record cannot be read: then another one is needed."""
+        try:
+            return self.find(job_id)
+        except Damaged as error:
+            log.error("%s (%s)", error, error.__cause__)
+            return None
 
     def find(self, job_id: str) -> JobRecord | None:
         if not _ID.fullmatch(job_id):
@@ -152,7 +160,7 @@ class Jobs:
             try:
                 job = self.find(job_id)
             except Damaged as error:
-                log.error("%s", error)
+                log.error("left out: %s (%s)", error, error.__cause__)
                 continue
             if job is None:
                 self._redis.zrem(keys.JOBS, job_id)
@@ -344,4 +352,5 @@ def _from_hash(raw: Mapping[str, str]) -> JobRecord:
         plain = {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in raw.items()}
         return codec.from_plain(JobRecord, plain)
     except ValueError as error:  # pydantic's ValidationError is one
-        raise Damaged("damaged_record", f"The record of job {raw.get('id')!r} cannot be read: {error}") from error
+        detail = f"The record of job {raw.get('id')!r} cannot be read: it is not what was written. Submit it again."
+        raise Damaged("damaged_record", detail) from error

@@ -11,18 +11,17 @@ from typing import TypeVar
 
 from redis import Redis
 
-from service import aliases, indexes
+from service import aliases, concepts, indexes
 from service.contracts import Checkpoint, ModelRecord, Point
-from service.errors import Conflict, Invalid
+from service.errors import Invalid
 from service.models import end_point, end_tokens
-from service.registry import CONCEPTS, DATASETS, MODELS, Registry, check_id
+from service.registry import DATASETS, MODELS, Registry, check_id
 from service.settings import Settings
 from service.specs import (
     BuildIndexSpec,
     DifferencePlan,
     EstimateSpec,
     ExtendIndexSpec,
-    FitConceptSpec,
     GradientPlan,
     InfluencePlan,
 )
@@ -39,7 +38,7 @@ from service.terms import (
     Pooling,
     Projection,
 )
-from service.work import ActivationSpec, AnswersSpec, CurvatureSpec, Eigen, PassSpec, Rademacher, Reading, Tracked
+from service.work import AnswersSpec, CurvatureSpec, Eigen, Rademacher, Reading, Tracked
 
 T = TypeVar("T")
 
@@ -47,7 +46,6 @@ _DEFAULT_LENGTH = 2048  # when the model's configuration names no context length
 _MOST_P = 4096
 _RADEMACHER_P, _EIGEN_P = 16, 64
 _WHOLE_WIDTH = 128  # up to this width every eigenvector is kept by default
-FEWEST_EXAMPLES = 5  # a side of a concept, one per held-out fold
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def _plan(
     dataset = registry.get(DATASETS, request.dataset, param="dataset")
     if not dataset.examples:
         raise Invalid("empty_dataset", f"{dataset.id!r} holds no example.", param="dataset")
-    layers = _layers(model, request.layers, param="layers")
+    layers = layers_of(model, request.layers, param="layers")
     if request.projection_dim is not None and not 1 <= request.projection_dim <= _MOST_P:
         raise Invalid("bad_projection_dim", f"projection_dim must lie in 1..{_MOST_P}.", param="projection_dim")
     kinds = set(request.kinds)
@@ -127,7 +125,7 @@ def _plan(
         model=model.id,
         dataset=dataset.id,
         reading=replace(
-            _reading(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
+            reading_of(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
         ),
         points=_points(model, request.checkpoints, request.lora, registry) if influence else (end_point(model),),
         tracked=_tracked(request, layers),
@@ -167,7 +165,7 @@ def plan_extension(
         )
         raise Invalid("kind_not_indexed", detail, param="index")
     model = registry.get(MODELS, source.model, param="model")
-    layers = _layers(model, request.layers or (gradient.tracked.blocks,), param="layers")
+    layers = layers_of(model, request.layers or (gradient.tracked.blocks,), param="layers")
     if layers[0] < gradient.tracked.shallowest:
         raise Invalid(
             "layer_not_indexed",
@@ -206,7 +204,7 @@ def _influence(
         raise Invalid("needs_eigen", detail, param="projection")
     at_layer: Counter[int] = Counter()
     for name in dict.fromkeys(request.directions):
-        concept = registry.get(CONCEPTS, name, param="directions")
+        concept = concepts.get(registry, name, param="directions")
         if concept.lineage != model.lineage or concept.width != model.width:
             detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
             raise Invalid("concept_of_other_lineage", detail, param="directions")
@@ -313,42 +311,7 @@ def _point(model: ModelRecord, each: Checkpoint) -> Point:
     return Point(name, model.path, each.fingerprint, each.weight, each.path)
 
 
-@dataclass(frozen=True)
-class ConceptRequest:
-    id: str
-    model: str
-    positive: str
-    negative: str
-    layer: int
-    pooling: Pooling
-    max_length: int | None
-
-
-def plan_concept(request: ConceptRequest, registry: Registry, settings: Settings) -> FitConceptSpec:
-    """The fit of a new concept. Raises NotFound, Invalid or Conflict naming the field."""
-    check_id(request.id, param="id")
-    if registry.find(CONCEPTS, request.id) is not None:
-        raise Conflict(
-            "concept_exists", f"There is a concept {request.id!r} already. Choose another id.", param="id"
-        )
-    model = registry.get(MODELS, request.model, param="model")
-    sides = {side: registry.get(DATASETS, getattr(request, side), param=side) for side in ("positive", "negative")}
-    for side, dataset in sides.items():
-        if dataset.examples < FEWEST_EXAMPLES:
-            detail = f"{dataset.id!r} holds {dataset.examples} examples; {FEWEST_EXAMPLES} are least, 100 are good."
-            raise Invalid("too_few_examples", detail, param=side)
-    if sides["positive"].fingerprint == sides["negative"].fingerprint:
-        detail = "Both sides are the same examples: there is no direction between them."
-        raise Invalid("identical_sides", detail, param="negative")
-    (layer,) = _layers(model, (request.layer,), param="layer")
-    reading = _reading(model, settings, request.max_length, LongExamples.TRUNCATE_RIGHT)
-    spec = PassSpec(
-        **vars(reading), activation=ActivationSpec((layer,), request.pooling), gradient=None, objective=None
-    )
-    return FitConceptSpec(request.id, model.id, request.positive, request.negative, spec, settings.shard_size)
-
-
-def _layers(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple[int, ...]:
+def layers_of(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple[int, ...]:
     """Sorted, without repeats; the middle layer when none is named."""
     wanted = tuple(sorted(set(layers))) or ((model.n_layers + 1) // 2,)
     for layer in wanted:
@@ -363,7 +326,7 @@ def _layers(model: ModelRecord, layers: tuple[int, ...], *, param: str) -> tuple
     return wanted
 
 
-def _reading(
+def reading_of(
     model: ModelRecord, settings: Settings, max_length: int | None, long_examples: LongExamples
 ) -> Reading:
     most = model.context_length or _DEFAULT_LENGTH

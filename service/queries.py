@@ -310,13 +310,8 @@ def _fidelity(index: IndexRecord, asked: Asked, found: Matched) -> Fidelity | No
 
 def _warnings(asked: Asked, index: IndexRecord, found: Matched, fidelity: Fidelity | None) -> tuple[str, ...]:
     """What a ranking does not say by itself."""
-    said = []
     concept = asked.concept
-    if concept is not None and concept.auroc_held_out is not None and concept.auroc_held_out < 0.7:
-        said.append(
-            f"Concept {concept.id!r} separates its own examples poorly (held-out AUROC "
-            f"{concept.auroc_held_out:.2f}): the ranking may mean little."
-        )
+    said = [] if concept is None else concepts.doubts(concept)
     if concept is not None and concept.model_fingerprint != index.model_fingerprint:
         said.append(f"Concept {concept.id!r} was fitted on {concept.model!r}, the index on {index.model!r}.")
     if asked.method == Method.PROJECTION_DIFFERENCE and index.answerer == index.model:

@@ -11,7 +11,7 @@ from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
 from service.filters import Filter
 from service.matching import DIRECT, Asked
-from service.registry import CONCEPTS, DATASETS, MODELS, Registry
+from service.registry import DATASETS, MODELS, Registry
 from service.rows import F32
 from service.storage import sha256_bytes
 from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
@@ -106,7 +106,7 @@ def _direction(
     found: list[tuple[ConceptRecord, F32]] = []
     for number, one in enumerate(wanted):
         param = "concept" if query.concepts is None else f"concepts[{number}]"
-        record = registry.get(CONCEPTS, one.id, param=param)
+        record = concepts.get(registry, one.id, param=param, pooling=pooling_of(index, query.method))
         concepts.check_fits(record, index, width, kind, param=param)
         found.append((record, direction(record)))
     if query.concepts is None:
@@ -125,14 +125,18 @@ def _summed(found: list[tuple[ConceptRecord, F32]], wanted: tuple[Weighted, ...]
         raise Invalid("zero_direction", detail, param="concepts")
     name = " + ".join(each.id if each.weight == 1 else f"{each.weight:g}·{each.id}" for each in wanted)
     weighted = [[record.sha256, each.weight] for each, (record, _) in zip(wanted, found, strict=True)]
-    aurocs = [record.auroc_held_out for record, _ in found if record.auroc_held_out is not None]
+    fitted = [(record.auroc_held_out, record) for record, _ in found if record.auroc_held_out is not None]
+    weakest = min(fitted, key=lambda each: each[0])[1] if fitted else None
     return (
         replace(
             first,
             id=name,
             method="weighted_sum",
             norm=float(np.linalg.norm(total)),
-            auroc_held_out=min(aurocs, default=None),
+            auroc_held_out=weakest.auroc_held_out if weakest else None,
+            n_positive=weakest.n_positive if weakest else 0,
+            n_negative=weakest.n_negative if weakest else 0,
+            evidence=weakest.evidence if weakest else None,
             sha256=codec.digest(["sum of concepts", weighted]),
             provenance={"concepts": {each.id: each.weight for each in wanted}},
         ),
@@ -168,7 +172,7 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
         model_fingerprint=index.model_fingerprint,
         lineage=index.lineage,
         layer=query.layer,
-        pooling=query.pooling or _pooling(index, query.method),
+        pooling=query.pooling or pooling_of(index, query.method),
         width=width,
         method=INLINE,
         norm=float(length) * 2.0 ** min(int(exponent), 1000),
@@ -184,7 +188,7 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
     return record, unit
 
 
-def _pooling(index: IndexRecord, method: Method) -> Pooling:
+def pooling_of(index: IndexRecord, method: Method) -> Pooling:
     """That of what will be compared with: embeddings may be pooled otherwise than activations."""
     pooled = {array.embedding.pooling for array in index.arrays if array.embedding}
     if method == Method.CONCEPT_INFLUENCE and len(pooled) == 1:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
-from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
+from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling, ProbeMethod
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
@@ -115,13 +116,25 @@ class CompactIndexSpec:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Which examples of one dataset are positive and which negative, by a field of their metadata."""
+
+    field: str
+    positive: tuple[bool | int | float | str, ...]
+    negative: tuple[bool | int | float | str, ...] | None  # None: every other value
+
+
+@dataclass(frozen=True)
 class FitConceptSpec:
     id: str
     model: str
     positive: str  # dataset id
-    negative: str
-    pass_spec: PassSpec  # activation only, one layer
+    negative: str  # with ``labels`` the same
+    pass_spec: PassSpec  # activation only; of several layers the best is chosen
     shard_size: int
+    method: ProbeMethod = ProbeMethod.DIFFERENCE_OF_MEANS
+    compare: tuple[ProbeMethod, ...] = ()  # whose directions it is compared with
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +234,8 @@ JobSpec = (
     | DirectionsSpec
     | ClustersSpec
     | RerankSpec
+    | TrainSaeSpec
+    | EncodeFeaturesSpec
 )
 
 

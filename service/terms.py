@@ -65,6 +65,16 @@ class IndexKind(StrEnum):
     INFLUENCE = "influence"
 
 
+class ProbeMethod(StrEnum):
+    """How a direction is found between labelled examples: see workers/probes.py."""
+
+    DIFFERENCE_OF_MEANS = "difference_of_means"
+    WHITENED_DIFFERENCE_OF_MEANS = "whitened_difference_of_means"
+    LOGISTIC = "logistic"
+    WHITENED_LOGISTIC = "whitened_logistic"
+    LDA = "lda"
+
+
 class Projection(StrEnum):
     """How gradients become coordinates: EK-FAC eigenvectors, or seeded random signs as a baseline."""
 
@@ -115,6 +125,8 @@ class JobKind(StrEnum):
     DIRECTIONS = "directions"
     CLUSTERS = "clusters"
     RERANK = "rerank"
+    TRAIN_SAE = "train_sae"
+    ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

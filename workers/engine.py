@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from service import artifacts, codec, concepts, indexes, models
-from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
+from service import artifacts, codec, concepts, indexes, models, succession
+from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
-from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
-from service.rows import F32
+from service.questions import pooling_of
+from service.registry import DATASETS, INDEXES, MODELS, Registry
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.specs import (
     BuildIndexSpec,
     ClustersSpec,
@@ -28,10 +29,10 @@ from service.specs import (
     TokenSharesSpec,
     VerifySpec,
 )
-from service.storage import Storage, sha256_bytes
+from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, probes, repair, rerank, tokens
+from workers import clusters, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -69,7 +70,8 @@ class RayEngine:
             case JobKind.APPEND_INDEX | JobKind.DELETE_EXAMPLES | JobKind.COMPACT_INDEX:
                 return Life(stages, self._registry, self._redis).run(job)
             case JobKind.FIT_CONCEPT:
-                return self._fit_concept(codec.from_plain(FitConceptSpec, job.spec), stages)
+                spec = codec.from_plain(FitConceptSpec, job.spec)
+                return fit_concept.compute(stages, self._registry, spec, self._model(spec.model, spec.pass_spec))
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
@@ -78,6 +80,11 @@ class RayEngine:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
             case JobKind.CLUSTERS:
                 return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
+            case JobKind.TRAIN_SAE:
+                spec = codec.from_plain(TrainSaeSpec, job.spec)
+                return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))
+            case JobKind.ENCODE_FEATURES:
+                return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
@@ -129,48 +136,12 @@ class RayEngine:
 
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
-        stages.context.check()
         build = {**described(job), "created_at": record.created_at}
-        indexes.publish(self._storage, self._registry, record, manifest, build)
+        with succession.turn(self._redis, record.name):  # an append that is about to be published looks for this
+            stages.context.check()
+            indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
-
-    def _fit_concept(self, spec: FitConceptSpec, stages: Stages) -> Mapping[str, Any]:
-        model = self._model(spec.model, spec.pass_spec)
-        positive, negative = (self._registry.get(DATASETS, name) for name in (spec.positive, spec.negative))
-        assert spec.pass_spec.activation is not None  # noqa: S101  (the api builds it so)
-        (layer,), pooling = spec.pass_spec.activation.layers, spec.pass_spec.activation.pooling
-        sides: list[F32] = []
-        for stage, dataset in (("positive", positive), ("negative", negative)):
-            manifests = stages.rows(stage, models.location(model), spec.pass_spec, dataset, size=spec.shard_size)
-            sides.append(stages.stored(manifests))
-        probe = probes.fit(*sides)
-        tensor = concepts.to_safetensors(probe.direction)
-        record = ConceptRecord(
-            id=spec.id,
-            model=model.id,
-            model_fingerprint=model.fingerprint,
-            lineage=model.lineage,
-            layer=layer,
-            pooling=pooling,
-            width=model.width,
-            method="difference_of_means",
-            norm=probe.norm,
-            auroc_held_out=probe.auroc_held_out,
-            n_positive=len(sides[0]),
-            n_negative=len(sides[1]),
-            provenance={
-                side: {"dataset": dataset.id, "fingerprint": dataset.fingerprint}
-                for side, dataset in (("positive", positive), ("negative", negative))
-            },
-            sha256=sha256_bytes(tensor),
-            created_at=codec.now(),
-        )
-        stages.context.check()
-        known = self._registry.find(CONCEPTS, spec.id)
-        if known is None or known.sha256 != record.sha256:  # equal: an earlier attempt died after publishing
-            concepts.publish(self._storage, self._registry, record, tensor)
-        return {"concept": spec.id, "auroc_held_out": probe.auroc_held_out, "norm": probe.norm}
 
     def _query_gradient(self, spec: QueryGradientSpec, stages: Stages) -> Mapping[str, Any]:
         location = models.location(self._model(spec.model, spec.pass_spec))
@@ -192,7 +163,8 @@ class RayEngine:
         manifest = indexes.read_manifest(self._storage, index)
         model = self._model(index.model, manifest.spec)
         parts = [self._registry.get(DATASETS, name) for name in index.datasets]
-        concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
+        pooling = pooling_of(index, spec.method)
+        concept = concepts.get(self._registry, spec.concept, pooling=pooling) if spec.concept else None
         vector = concepts.direction(self._storage, concept) if concept else None
         query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
         asked = Asked(spec.method, concept, vector, query_set, spec.function, spec.damping, spec.through)
@@ -211,6 +183,10 @@ class RayEngine:
     def _clusters(self, spec: ClustersSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         return clusters.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _encode_features(self, spec: EncodeFeaturesSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return sae_jobs.encode(stages, self._registry, spec, indexes.read_manifest(self._storage, index))
 
     def _rerank(self, spec: RerankSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)

@@ -7,12 +7,13 @@ from fastapi import APIRouter, Response
 
 from api.dependencies import ServicesDep, accepted
 from api.problems import documented
-from api.schemas import ConceptIn, Items
+from api.schemas import Items
 from api.schemas_concepts import DeriveIn, GiveIn, ImportIn
+from api.schemas_probes import ConceptIn
 from service import concept_files, concepts, derived
+from service.concept_planning import ConceptRequest, plan_concept
 from service.contracts import ConceptRecord, JobRecord
 from service.derived import Recipe
-from service.planning import ConceptRequest, plan_concept
 from service.questions import Weighted
 from service.registry import CONCEPTS, MODELS
 from service.terms import JobKind
@@ -22,8 +23,12 @@ router = APIRouter(prefix="/v1/concepts", tags=["concepts"])
 
 @router.post("", status_code=202, summary="Fit a concept", responses=documented(404, 409, 422))
 def fit_concept(body: ConceptIn, services: ServicesDep, response: Response) -> JobRecord:
-    """Queue the fit of a direction as difference of means between two datasets."""
-    spec = plan_concept(ConceptRequest(**body.model_dump()), services.registry, services.settings)
+    """Queue the fit of a direction between labelled examples: two datasets, two lists in the request, or one
+    dataset with a label in its metadata. Several layers are one pass; the concept is published at the layer with
+    the highest held-out AUROC, with what was measured at every layer in its `evidence`.
+    """
+    request = ConceptRequest(**body.asked())
+    spec = plan_concept(request, services.registry, services.storage, services.settings)
     return accepted(response, services.jobs.submit(JobKind.FIT_CONCEPT, spec))
 
 

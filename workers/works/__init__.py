@@ -21,9 +21,10 @@ from service.work import (
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
+    TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, rows, token_shares
+from workers.works import answers, choice, factors, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -42,6 +43,7 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     MixWork: rows.mix,
     LossRowsWork: rows.loss_rows,
     TokenSharesWork: token_shares.token_shares,
+    TrainSaeWork: sae.train,
 }
 
 
