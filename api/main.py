@@ -26,6 +26,7 @@ from api.routes import (
     indexes,
     jobs,
     models,
+    personas,
     queries,
     rankings,
     rerank,
@@ -90,7 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(BodyLimit)
-    shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
+    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
     for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)

@@ -110,7 +110,7 @@ class Lab:
         self.registry = Registry(self.redis, self.storage)
         self.registry.rebuild()
         self.engine = RayEngine(
-            self.redis, self.registry, self.storage, InlinePool(self.storage.root, threads=threads)
+            self.redis, self.registry, self.storage, InlinePool(self.storage.root, threads=threads), self.settings
         )
         self.jobs = Jobs(self.redis)
 

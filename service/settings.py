@@ -4,14 +4,19 @@ Each field is read from ``WHENCE_<NAME>`` (``REDIS_URL`` is accepted as well for
 """
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.errors import Invalid
+from service.errors import Forbidden, Invalid
 from service.local_cache import CacheAt
+
+# No user, query or fragment: what is called is this and a path behind it.
+_JUDGE = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~/\-]*)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Settings(BaseSettings):
@@ -83,6 +88,66 @@ class Settings(BaseSettings):
         description="Memory of the EK-FAC factors in a worker; modules beyond it take another pass of the sample.",
     )
     max_k: int = Field(10_000, ge=1, description="Most hits one query may ask for.")
+
+    judges: str = Field(
+        "",
+        description="OpenAI-compatible endpoints that may judge answers: base URLs joined by commas, each with "
+        "=VARIABLE behind it where the dispatcher's environment has a key for it. Default: none.",
+    )
+    judge_parallel: int = Field(8, ge=1, le=256, description="Questions a judge is asked at a time.")
+
+    @field_validator("judges")
+    @classmethod
+    def _are_judges(cls, value: str) -> str:
+        for part in filter(None, value.split(",")):
+            url, _, variable = part.strip().partition("=")
+            if not (_JUDGE.fullmatch(url) and (not variable or _VARIABLE.fullmatch(variable))):
+                raise ValueError(
+                    "expected http(s)://HOST[:PORT][/PATH] or the same with =VARIABLE, joined by commas"
+                )
+        return value
+
+    @cached_property
+    def judge_urls(self) -> dict[str, str]:
+        """Base URLs of judges, each with the name of the variable that holds its key, or with ""."""
+        parts = (part.strip().partition("=") for part in self.judges.split(",") if part.strip())
+        return {url.rstrip("/"): variable for url, _, variable in parts}
+
+    def judge_at(self, url: str | None) -> str:
+        """The base URL of a judge, if it is one of them; None: the only one. Raises Forbidden, Invalid.
+
+        Whole base URLs are compared, so that no request can point the server, or a key, at another address.
+        """
+        known = self.judge_urls
+        if url is None and len(known) != 1:
+            which = (
+                f"Name one of {', '.join(known)}." if known else "None is allowed: set WHENCE_JUDGES on the server."
+            )
+            raise Invalid("judge_url_needed", f"Which judge? {which}", param="judge.url")
+        found = next(iter(known)) if url is None else url.rstrip("/")
+        if found not in known:
+            raise Forbidden(
+                "judge_not_allowed",
+                f"This server may not call {url}; it may call {', '.join(known) or 'no judge'}. Whoever runs it "
+                "adds base URLs to WHENCE_JUDGES.",
+                param="judge.url",
+            )
+        return found
+
+    def judge_key(self, url: str) -> SecretStr | None:
+        """The key of a judge; None: it needs none. Raises Invalid while its variable is not set."""
+        variable = self.judge_urls[url]
+        if not variable:
+            return None
+        key = os.environ.get(variable, "").strip()
+        if not (key and key.isascii() and key.isprintable()):  # else it would be shown by whoever cannot send it
+            raise Invalid(
+                "judge_key_missing",
+                f"The dispatcher has no usable {variable} in its environment, where WHENCE_JUDGES says that the "
+                f"key of {url} is. Set it and start the dispatcher again.",
+                param="judge.url",
+            )
+        return SecretStr(key)
 
     @cached_property
     def storage_root(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.personas import PersonaSpec
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling, ProbeMethod
@@ -234,6 +235,7 @@ JobSpec = (
     | DirectionsSpec
     | ClustersSpec
     | RerankSpec
+    | PersonaSpec
     | TrainSaeSpec
     | EncodeFeaturesSpec
 )

@@ -128,6 +128,7 @@ class JobKind(StrEnum):
     TRAIN_SAE = "train_sae"
     ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
+    PERSONA_VECTOR = "persona_vector"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 
 

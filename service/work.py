@@ -195,6 +195,29 @@ class AnswersWork:
 
 
 @dataclass(frozen=True)
+class ElicitWork:
+    """Answers to questions under system prompts; every sample of one is another answer."""
+
+    reading: Reading
+    spec: AnswersSpec
+    prompts: tuple[tuple[str, str, int], ...]  # system prompt, question, number of the sample
+    in_question: bool  # the system prompt stands in the user's turn
+
+
+@dataclass(frozen=True)
+class ResponsesWork:
+    """a_l of those answers, each under its own system prompt, averaged over the answer's tokens."""
+
+    elicit: ElicitWork
+    answers: str  # artifact
+    layers: tuple[int, ...]
+
+    @property
+    def reading(self) -> Reading:
+        return self.elicit.reading
+
+
+@dataclass(frozen=True)
 class CurvatureSpec:
     """How EK-FAC is fitted: on ``examples`` examples drawn by ``seed``, the summed loss."""
 
@@ -355,6 +378,8 @@ class TokenSharesWork:
 ArtifactWork = (
     TokenSharesWork
     | AnswersWork
+    | ElicitWork
+    | ResponsesWork
     | ShapesWork
     | CovarianceWork
     | EigenWork

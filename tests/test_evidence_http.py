@@ -1,5 +1,6 @@
 """Directions, exact re-ranks and SAE features over HTTP, in the client and on the command line."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import cast
@@ -259,3 +260,28 @@ def test_the_commands_for_saes_show_what_the_server_says(built, stack):
     assert "80 examples of evidence@v1" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae")
     one = ("--feature", "3", "--example", told["up"][0]["examples"][0]["example_id"])
     assert "fire" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae", *one)
+
+
+# --- persona vectors --------------------------------------------------------------------------------------
+
+
+def test_a_persona_vector_from_a_trait_file_and_the_answers_behind_it(built, stack, client: Client, tmp_path: Path):
+    trait = {
+        "instruction": [{"pos": "the cat sat", "neg": "the end of"}, {"pos": "the mat", "neg": "the answer"}],
+        "questions": ["the question", "sat on the", "the cat"],
+    }
+    file = tmp_path / "catlike.json"
+    file.write_text(json.dumps(trait))
+    few = ("--samples", "2", "--max-new-tokens", "4", "--layers", "1-2")
+    shown = whence(stack, "concepts", "persona", str(file), "--model", "ev-end", *few)
+    assert "12 of 12 pairs kept" in shown
+    assert "No judge looked at the answers" in shown
+    record = client.concept("catlike")
+    assert (record.method, record.n_positive) == ("persona", 12)
+    assert f"layer   {record.layer}: held-out AUROC {record.auroc_held_out:.3f}" in shown
+    assert record.provenance["trait"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    some = whence(stack, "concepts", "answers", "catlike", "--side", "positive", "-n", "2")
+    assert "2 of 12 answers" in some
+    kept = tmp_path / "kept.jsonl"
+    whence(stack, "concepts", "answers", "catlike", "--kept", "--into", str(kept))
+    assert client.upload_dataset("catlike-answers", kept).lines == 24

@@ -7,8 +7,8 @@ import torch
 
 from service.contracts import ArrayInfo, Example, Quarantined
 from service.rows import F32
-from service.terms import IndexKind, LossReduction
-from service.work import DifferenceSpec
+from service.terms import IndexKind, LossReduction, Pooling
+from service.work import DifferenceSpec, Reading
 from workers.activations import block_outputs, pool, run_until
 from workers.answers import Ids, ends_of
 from workers.batches import Batch
@@ -49,7 +49,10 @@ def run(loaded: Loaded, answered: Iterable[Ids], spec: DifferenceSpec, examples:
             check_vocabulary(loaded, spec, answer)
             ids, target = np.concatenate([prompt, answer]), np.arange(len(prompt) + len(answer)) >= len(prompt)
             theirs[position] = Tokens(ids, target, tokens.bos, has_prompt=True)
-    trained, compared = (_pooled(loaded, spec, Prepared(examples, some, aside)) for some in (own, theirs))
+    trained, compared = (
+        pooled(loaded, spec, Prepared(examples, some, aside), layers=spec.layers, pooling=spec.pooling)
+        for some in (own, theirs)
+    )
     rows = {  # (layers, d) each
         position: trained[position] - compared[position] for position in trained if position not in aside
     }
@@ -71,16 +74,18 @@ def run(loaded: Loaded, answered: Iterable[Ids], spec: DifferenceSpec, examples:
     )
 
 
-def _pooled(loaded: Loaded, spec: DifferenceSpec, prepared: Prepared) -> dict[int, F32]:
-    """a_l at every layer of the spec, (layers, d) by position."""
+def pooled(
+    loaded: Loaded, reading: Reading, prepared: Prepared, *, layers: Sequence[int], pooling: Pooling
+) -> dict[int, F32]:
+    """a_l at every one of ``layers``, (layers, d) by position."""
 
     def states(_members: list[int], batch: Batch) -> F32:
-        with block_outputs(loaded.blocks, spec.layers, stop=True) as outputs, torch.no_grad():
+        with block_outputs(loaded.blocks, layers, stop=True) as outputs, torch.no_grad():
             run_until(loaded.model, batch.ids)
-        return np.stack([pool(outputs[layer], batch.pool_weight).cpu().numpy() for layer in spec.layers], axis=1)
+        return np.stack([pool(outputs[layer], batch.pool_weight).cpu().numpy() for layer in layers], axis=1)
 
     found: dict[int, F32] = {}
-    for members, rows in prepared.each(loaded, spec, states, pooling=spec.pooling, reduction=LossReduction.MEAN):
+    for members, rows in prepared.each(loaded, reading, states, pooling=pooling, reduction=LossReduction.MEAN):
         for position, row in zip(members, rows, strict=True):
             found[position] = found[position] + row if position in found else row
     return found

@@ -12,9 +12,11 @@ from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
+from service.personas import PersonaSpec
 from service.questions import pooling_of
 from service.registry import DATASETS, INDEXES, MODELS, Registry
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
+from service.settings import Settings
 from service.specs import (
     BuildIndexSpec,
     ClustersSpec,
@@ -32,7 +34,7 @@ from service.specs import (
 from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
+from workers import clusters, directions_job, fit_concept, persona_job, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -44,7 +46,11 @@ from workers.stages import Stages
 class RayEngine:
     """Implements service.contracts.Engine. Everything it publishes is decided by the job's specification."""
 
-    def __init__(self, redis: Redis, registry: Registry, storage: Storage, pool: Pool) -> None:
+    def __init__(
+        self, redis: Redis, registry: Registry, storage: Storage, pool: Pool, settings: Settings | None = None
+    ) -> None:
+        """``settings``: of this process; None: no judge may be called."""
+        self._settings = settings
         self._redis = redis
         self._registry = registry
         self._storage = storage
@@ -87,6 +93,10 @@ class RayEngine:
                 return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
+            case JobKind.PERSONA_VECTOR:
+                spec = codec.from_plain(PersonaSpec, job.spec)
+                model = self._model(spec.model, spec.reading)
+                return persona_job.compute(stages, self._registry, spec, model, self._settings)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )

@@ -30,6 +30,7 @@ log = logging.getLogger("whence.dispatcher")
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every question to a judge
     stop = threading.Event()
     try:
         settings = load_settings()
@@ -44,7 +45,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own
         signal.signal(number, lambda *_: stop.set())
     name = f"{socket.gethostname()}-{os.getpid()}"
-    engine = RayEngine(redis, registry, storage, pool)
+    engine = RayEngine(redis, registry, storage, pool, settings)
     log.info("dispatcher %s is ready", name)
     try:
         Dispatcher(

@@ -10,6 +10,7 @@ from service.work import (
     BasisWork,
     CovarianceWork,
     EigenWork,
+    ElicitWork,
     GatherWork,
     HeadWork,
     JacobianWork,
@@ -18,17 +19,20 @@ from service.work import (
     MixWork,
     MomentWork,
     NarrowWork,
+    ResponsesWork,
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
     TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, rows, sae, token_shares
+from workers.works import answers, choice, factors, personas, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
     AnswersWork: answers.answers,
+    ElicitWork: personas.elicit,
+    ResponsesWork: personas.responses,
     ShapesWork: factors.shapes,
     CovarianceWork: factors.covariances,
     EigenWork: factors.eigen,
