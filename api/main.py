@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api import problems
+from api.body_limit import BodyLimit
 from api.dependencies import Services
 from api.routes import (
     aliases,
@@ -92,6 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)
+    app.add_middleware(BodyLimit)
     shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
     for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)

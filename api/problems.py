@@ -128,6 +128,8 @@ def install(app: FastAPI) -> None:
         if error.status_code == HTTPStatus.BAD_REQUEST:
             detail = "The body is not valid JSON, not UTF-8, or nested too deep."
             return problem(request, 400, "invalid_json", detail, param="body")
+        if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return problem(request, 413, "body_too_large", error.detail, param="body")
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
         response = problem(request, error.status_code, code, detail)

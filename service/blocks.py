@@ -153,6 +153,13 @@ class Block:
             found[there] = outliers.astype(np.float64) @ query.astype(np.float64)
         return found
 
+    def products(self, row: int, query: F32) -> float:
+        """Σ|q_j x_j| over one row: what the rounding of its score is in proportion to."""
+        there, outliers = self._outliers_among(np.array([row]))
+        exponent = 0 if there[0] else self.exponent
+        own = outliers[0] if there[0] else self.rows[row]
+        return float(np.ldexp(np.abs(own.astype(np.float64)) @ np.abs(query.astype(np.float64)), exponent))
+
     def some_scores(self, rows: NDArray[np.int64], query: F32) -> F32:
         """Of some rows, (len(rows),), in float32."""
         scores = self._scaled(some_dots(self.rows, rows, query))

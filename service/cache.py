@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
@@ -18,7 +19,7 @@ class LoadingCache(Generic[V]):
         self._weigh = weigh
         self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
         self._weight = 0
-        self._loading: dict[Hashable, threading.Lock] = {}
+        self._loading: dict[Hashable, _Gate] = {}  # of keys that somebody is loading or waits for
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, load: Callable[[], V]) -> V:
@@ -27,23 +28,38 @@ class LoadingCache(Generic[V]):
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key][0]
-            gate = self._loading.setdefault(key, threading.Lock())
-        with gate:
+            gate = self._loading.setdefault(key, _Gate())
+            gate.inside += 1
+        try:
+            with gate.lock:
+                with self._lock:
+                    if key in self._values:
+                        return self._values[key][0]
+                value = load()  # when it raises, the next one in line tries
+                self._add(key, value)
+                return value
+        finally:
             with self._lock:
-                if key in self._values:
-                    return self._values[key][0]
-            value = load()  # when it raises, the gate stays for the next one
-            weight = self._weigh(value)
-            with self._lock:
-                # Loaded twice at once where one waited at the gate while the value came and went again.
-                _, other = self._values.pop(key, (None, 0))
-                self._values[key] = (value, weight)
-                self._weight += weight - other
-                self._loading.pop(key, None)
-                while self._weight > self._most and len(self._values) > 1:
-                    _, (_, lighter) = self._values.popitem(last=False)
-                    self._weight -= lighter
-            return value
+                gate.inside -= 1
+                if not gate.inside:
+                    del self._loading[key]
+
+    def _add(self, key: Hashable, value: V) -> None:
+        weight = self._weigh(value)
+        with self._lock:
+            self._values[key] = (value, weight)
+            self._weight += weight
+            while self._weight > self._most and len(self._values) > 1:
+                _, (_, lighter) = self._values.popitem(last=False)
+                self._weight -= lighter
+
+
+@dataclass
+class _Gate:
+    """Before a value that is being loaded: one goes through at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0  # with those that wait
 
 
 class Once(Generic[V]):

@@ -26,7 +26,7 @@ from service.errors import Invalid
 
 _DEEPEST = 16
 _CONDITIONS = 1000
-_VALUES = 100_000
+_VALUES = 100_000  # in all sets together
 _OPERATORS = ("gt", "gte", "lt", "lte", "in", "prefix", "not")
 _EXPECTED = 'a string, a number, true, false, null (absent), or an object of "' + '", "'.join(_OPERATORS) + '"'
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -104,10 +104,10 @@ def parse(data: Any, *, param: str = "filter") -> Filter:
 
 
 class _Parser:
-    """One parse; counts conditions, so that no request makes a server evaluate for minutes."""
+    """One parse; counts conditions and values, so that no request makes a server evaluate for minutes."""
 
     def __init__(self) -> None:
-        self._conditions = 0
+        self._conditions = self._values = 0
 
     def filter(self, data: Any, at: str, depth: int) -> Filter:
         if depth > _DEEPEST:
@@ -141,13 +141,14 @@ class _Parser:
         if not isinstance(data, Mapping):
             return _leaf(path, Among(frozenset([_value(data, at)])), at)
         if unknown := [each for each in data if each not in _OPERATORS]:
-            hint = f" For nested metadata write {name}.{unknown[0]}." if isinstance(unknown[0], str) else ""
+            nested = isinstance(unknown[0], str) and _is_text(unknown[0])
+            hint = f" For nested metadata write {name}.{unknown[0]}." if nested else ""
             raise _bad(f"{unknown[0]!r} is no operator: expected {_EXPECTED}.{hint}", at)
         if not data:
             raise _bad(f"An empty condition says nothing: expected {_EXPECTED}.", at)
         found: list[Filter] = []
         if "in" in data:
-            found.append(_leaf(path, Among(_values(data["in"], f"{at}.in")), f"{at}.in"))
+            found.append(_leaf(path, Among(self._set(data["in"], f"{at}.in")), f"{at}.in"))
         if "prefix" in data:
             found.append(_leaf(path, Prefix(_prefix(data["prefix"], f"{at}.prefix")), f"{at}.prefix"))
         if bounds := {each: data[each] for each in ("gt", "gte", "lt", "lte") if each in data}:
@@ -155,6 +156,19 @@ class _Parser:
         if "not" in data:
             found.append(Not(self._field(name, data["not"], f"{at}.not", depth + 1)))
         return _all(found)
+
+    def _set(self, data: Any, at: str) -> frozenset[Value]:
+        if not isinstance(data, list) or not data:
+            raise _bad(f"Expected a list with at least one value, found {_shown(data)}.", at)
+        self._values += len(data)
+        if self._values > _VALUES:
+            raise _bad(f"The sets of a filter may have {_VALUES} values together; those up to here have more.", at)
+        for number, each in enumerate(data):
+            if isinstance(each, list | Mapping):
+                raise _bad(
+                    f"Expected strings, numbers, true, false or null; found {_shown(each)}.", f"{at}[{number}]"
+                )
+        return frozenset(_value(each, f"{at}[{number}]") for number, each in enumerate(data))
 
 
 def _all(found: Iterable[Filter]) -> Filter:
@@ -190,17 +204,6 @@ def _value(data: Any, at: str) -> Value:
                 raise _bad("The string is no valid text: it has half a surrogate pair.", at)
             return ("string", data)
     raise _bad(f"Expected {_EXPECTED}; found {_shown(data)}.", at)
-
-
-def _values(data: Any, at: str) -> frozenset[Value]:
-    if not isinstance(data, list) or not data:
-        raise _bad(f"Expected a list with at least one value, found {_shown(data)}.", at)
-    if len(data) > _VALUES:
-        raise _bad(f"A set may have {_VALUES} values at most, found {len(data)}.", at)
-    for number, each in enumerate(data):
-        if isinstance(each, list | Mapping):
-            raise _bad(f"Expected strings, numbers, true, false or null; found {_shown(each)}.", f"{at}[{number}]")
-    return frozenset(_value(each, f"{at}[{number}]") for number, each in enumerate(data))
 
 
 def _prefix(data: Any, at: str) -> str:
@@ -273,10 +276,15 @@ def to_json(wanted: Filter) -> dict[str, Any]:
             return _in_order(joined)
 
 
+def digest(wanted: Filter) -> str:
+    """A name for the filter that equal ones share, in every process, however many values it has."""
+    return codec.digest(to_json(wanted))
+
+
 def _test(test: Test) -> dict[str, Any]:
     match test:
         case Among(values):
-            return {"in": _sorted(value for _, value in values)}
+            return {"in": [value for _, value in sorted(values)]}  # of one kind all can be compared
         case Prefix(text):
             return {"prefix": text}
         case Range(low, high):

@@ -29,6 +29,7 @@ class Asked:
     function: ConceptFunction
     damping: float | None  # None: the default, or the only one there is
     through: IndexKind | None  # None: embeddings where there are any
+    param: str = "concept"  # the field of the question that names the layer
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _direct(index: IndexRecord, asked: Asked, kind: IndexKind) -> Matched:
     held = [array for array in index.arrays if array.kind == kind]
     array = next((array for array in held if array.layer == concept.layer), None)
     if array is None:
-        raise _not_indexed(index, kind, [array.layer for array in held])
+        raise _not_indexed(index, kind, [array.layer for array in held], asked)
     return Matched(array, vector)
 
 
@@ -93,9 +94,10 @@ def _embedding(index: IndexRecord, asked: Asked) -> ArrayInfo | None:
     if not every:
         if falls_back or asked.through is None:
             return None
-        raise _not_indexed(index, IndexKind.INFLUENCE, [])
-    wanted: list[tuple[str, object, object, str]] = [("layer", lambda a: a.layer, concept.layer, "concept")]
-    wanted.append(("pooling", lambda a: a.embedding.pooling, concept.pooling, "concept"))
+        raise _not_indexed(index, IndexKind.INFLUENCE, [], asked)
+    wanted: list[tuple[str, object, object, str]] = [("layer", lambda a: a.layer, concept.layer, asked.param)]
+    pooled = "pooling" if asked.param == "layer" else asked.param
+    wanted.append(("pooling", lambda a: a.embedding.pooling, concept.pooling, pooled))
     wanted.append(("concept_function", lambda a: a.embedding.function, asked.function, "concept_function"))
     if asked.query_set is not None:
         fingerprint = asked.query_set.fingerprint
@@ -156,7 +158,7 @@ def _influence(storage: Storage, array: ArrayInfo, asked: Asked) -> Matched:
     captured = 1.0
     if embedding.directions is not None:
         vector = _rows_of_r(storage, embedding.directions) @ vector
-        captured = float(vector @ vector) / _square(asked)
+        captured = _square(vector) / _square(_concept(asked)[1])
     return Matched(
         array,
         vector,
@@ -176,7 +178,7 @@ def _gradient(
     array = next((array for array in index.arrays if array.kind == IndexKind.GRADIENT), None)
     gradient = manifest.spec.gradient
     if array is None or gradient is None:
-        raise _not_indexed(index, IndexKind.GRADIENT, [])
+        raise _not_indexed(index, IndexKind.GRADIENT, [], asked)
     if asked.query_set is None:
         about = "∇f_v(Q)" if asked.concept else "∇L(Q)"
         raise Invalid(
@@ -199,14 +201,14 @@ def _gradient(
             f"Concept {asked.concept.id!r} lies at layer {asked.concept.layer}, but index {index.id} tracks blocks "
             f"1 to {gradient.tracked.blocks} only: part of its gradient would be missing. Build the index with "
             f"layer {asked.concept.layer}.",
-            param="concept",
+            param=asked.param,
         )
     if asked.concept is not None and asked.concept.layer < gradient.tracked.shallowest:
         raise Invalid(
             "layer_not_indexed",
             f"Concept {asked.concept.id!r} lies at layer {asked.concept.layer}, but the first block that index "
             f"{index.id} tracks is {gradient.tracked.shallowest}: there is no gradient to score.",
-            param="concept",
+            param=asked.param,
         )
     found = _coordinates(storage, index, manifest, asked, shard_size)
     if isinstance(found, Missing):
@@ -243,7 +245,7 @@ def _coordinates(
                 rows = artifacts.read(storage, artifact, "jacobian")["rows"]
                 v = vector if known.directions is None else _rows_of_r(storage, known.directions) @ vector
                 facts = artifact.facts
-                captured = float(v @ v) / _square(asked)
+                captured = _square(v) / _square(vector)
                 return -(v @ rows), int(facts["examples"]), int(facts["quarantined"]), captured
         objective = ConceptObjective(
             concept.sha256, concept.layer, concept.pooling, tuple(map(float, vector)), asked.function
@@ -268,10 +270,10 @@ def _concept(asked: Asked) -> tuple[ConceptRecord, F32]:
     return asked.concept, asked.vector
 
 
-def _square(asked: Asked) -> float:
-    """‖v‖²: 1 but for a weighted sum of concepts."""
-    _, vector = _concept(asked)
-    return float(vector @ vector)
+def _square(vector: F32) -> float:
+    """‖v‖², in float64: of a weighted sum of concepts it may be too small for float32."""
+    exact = vector.astype(np.float64)
+    return float(exact @ exact)
 
 
 def _rows_of_r(storage: Storage, key: str) -> F32:
@@ -291,12 +293,14 @@ def _label(array: ArrayInfo, name: str) -> object:
     return labels[name]
 
 
-def _not_indexed(index: IndexRecord, kind: IndexKind, layers: list[int | None]) -> Invalid:
+def _not_indexed(index: IndexRecord, kind: IndexKind, layers: list[int | None], asked: Asked) -> Invalid:
     if not layers:
         held = ", ".join(sorted({str(array.kind) for array in index.arrays}))
         detail = f"Index {index.id} holds no {kind} rows (it has: {held}); build it with that kind."
         return Invalid("kind_not_indexed", detail, param="method", context={"layers": []})
-    detail = f"Index {index.id} holds no {kind} rows at layer of the concept; it has layers "
-    return Invalid(
-        "layer_not_indexed", detail + ", ".join(map(str, layers)) + ".", param="concept", context={"layers": layers}
+    concept, _ = _concept(asked)
+    detail = (
+        f"Concept {concept.id!r} lies at layer {concept.layer}, where index {index.id} holds no {kind} rows; it "
+        f"has layers {', '.join(map(str, layers))}."
     )
+    return Invalid("layer_not_indexed", detail, param=asked.param, context={"layers": layers})

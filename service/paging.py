@@ -5,7 +5,6 @@ page was read from. A cursor of another question is refused.
 """
 
 import base64
-import binascii
 import json
 from dataclasses import dataclass, fields, replace
 
@@ -39,8 +38,8 @@ class Page:
     def _read(self, query: Query) -> tuple[str, int]:
         try:
             index, start, about = json.loads(base64.urlsafe_b64decode((self.cursor or "").encode()))
-            known = isinstance(index, str) and isinstance(start, int) and start >= 0
-        except (ValueError, TypeError, binascii.Error, UnicodeError):
+            known = isinstance(index, str) and type(start) is int and start >= 0
+        except (ValueError, TypeError, RecursionError):  # of text that nobody here has written
             known = False
         if not known or about != _digest(query):  # pyright: ignore[reportPossiblyUnboundVariable]
             raise Invalid(
@@ -56,5 +55,8 @@ def _write(index: str, start: int, query: Query) -> str:
 
 
 def _digest(query: Query) -> str:
-    """Of everything that decides the ranking, as it was asked."""
-    return codec.digest([repr(getattr(query, each.name)) for each in fields(query)])[:16]
+    """Of everything that decides the ranking, as it was asked; the same in every process that may serve a page."""
+    asked = {each.name: repr(getattr(query, each.name)) for each in fields(query) if each.name != "filter"}
+    return codec.digest([asked, query.filter_key])[
+        :16
+    ]  # the repr of a filter's sets differs from process to process

@@ -4,6 +4,7 @@ Every method is one inner product ⟨u, e_z⟩ (DESIGN section 1). Answers need 
 once and cached in storage.
 """
 
+import hashlib
 import time
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ _LOW_FIDELITY = 0.8
 _LOW_SHARE = 0.9
 _DIRECTIONS = 1024  # of concepts, kept
 _KEPT_BYTES = 64 << 20  # of rankings and filter masks that may be asked for again
+_ENTRY_BYTES = 1 << 10  # that each of these takes beside its arrays, with its key
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class QueryService:
         self._loader = loader
         self._shard_size = shard_size
         self._rankings: LoadingCache[Ranking] = LoadingCache(_KEPT_BYTES, _bytes_of)
-        self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: mask.nbytes)
+        self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: _ENTRY_BYTES + mask.nbytes)
         self._directions: LoadingCache[F32] = LoadingCache(_DIRECTIONS)
 
     @damage.told
@@ -197,7 +199,7 @@ class QueryService:
             assert mask is not None  # noqa: S101  (it was none before)
             return mask
 
-        return self._masks.get((index.id, index.manifest_sha256, found.array, wanted), keep)
+        return self._masks.get((index.id, index.manifest_sha256, found.array, query.filter_key), keep)
 
     def _ranking(self, prepared: Prepared, query: Query) -> tuple[Ranking, bool]:
         """The best rows; the same question asked again, or by two at once, is searched once."""
@@ -209,7 +211,9 @@ class QueryService:
             return _search(prepared, query)
 
         index, u = prepared.index, prepared.matched.u
-        about = (prepared.matched.array, u.tobytes(), query.order, query.k, query.filter)
+        # Hashes of what may be large: keys are in memory as long as what they name.
+        vector = hashlib.sha256(u.tobytes()).digest()
+        about = (prepared.matched.array, vector, query.order, query.k, query.filter_key)
         key = (index.id, index.manifest_sha256, about)
         return self._rankings.get(key, search), not made
 
@@ -220,7 +224,7 @@ class QueryService:
         examples = self._loader.examples(prepared.index).take(prepared.rows.positions[rows])
         z_scores = ranking.spread.z_score(scores)
         ranks = np.arange(page.start + 1, page.start + 1 + len(rows))
-        percentiles = _percentiles(query, ranking, ranks, scores)
+        percentiles = _percentiles(query, ranking, scores)
         return tuple(
             Hit(int(rank), float(score), float(percentile), float(z), example)
             for rank, score, percentile, z, example in zip(
@@ -239,13 +243,24 @@ def _search(prepared: Prepared, query: Query) -> Ranking:
             top = _negative(ask(-u, query.k, mask))
         case Order.ABSOLUTE:
             top = _either(ask(u, query.k, mask), _negative(ask(-u, query.k, mask)), query.k)
+    check_finite(top.scores)
     candidates = rows.index.n if mask is None else int(np.count_nonzero(mask))
     sample = None if _ranks_tell(query) else rows.sample.scores(u)
     return Ranking(top, rows.sample.spread(u), sample, candidates)
 
 
+def check_finite(scores: F32) -> None:
+    """Raises Invalid where rows of the largest numbers that there are score beyond float32."""
+    if beyond := int(np.count_nonzero(~np.isfinite(scores))):
+        detail = (
+            f"{beyond} of {len(scores)} scores are too large for float32: give smaller weights to 'concepts', or, "
+            "where there are none, see what the model makes of these examples."
+        )
+        raise Invalid("scores_overflow", detail)
+
+
 def _negative(top: TopK) -> TopK:
-    return TopK(top.rows, -top.scores)
+    return TopK(top.rows, np.float32(0) - top.scores)  # and no −0
 
 
 def _either(most: TopK, least: TopK, k: int) -> TopK:
@@ -259,21 +274,25 @@ def _either(most: TopK, least: TopK, k: int) -> TopK:
 
 
 def _ranks_tell(query: Query) -> bool:
-    """Is a hit's rank its rank by score in the whole index?"""
+    """Is a hit's rank its place by score in the whole index?"""
     return query.filter is None and query.order != Order.ABSOLUTE
 
 
-def _percentiles(query: Query, ranking: Ranking, ranks: NDArray[np.int64], scores: F32) -> NDArray[np.float64]:
-    """Share of the index that scores lower, in percent."""
-    n = ranking.candidates
+def _percentiles(query: Query, ranking: Ranking, scores: F32) -> NDArray[np.float64]:
+    """Share of the index that scores lower, in percent; equal scores among the k best share the mean of theirs."""
     if ranking.sample is not None:
         return percentile(ranking.sample, scores)
-    return 100.0 * ((n - ranks) if query.order == Order.MOST else (ranks - 1)) / max(1, n)
+    sign = np.float32(1 if query.order == Order.LEAST else -1)
+    places, wanted = sign * ranking.top.scores, sign * scores  # ascending
+    better = np.searchsorted(places, wanted, side="left")
+    before = (better + np.searchsorted(places, wanted, side="right") - 1) / 2
+    n = ranking.candidates
+    return 100.0 * (before if query.order == Order.LEAST else n - 1 - before) / max(1, n)
 
 
 def _bytes_of(ranking: Ranking) -> int:
     sample = 0 if ranking.sample is None else ranking.sample.nbytes
-    return ranking.top.rows.nbytes + ranking.top.scores.nbytes + sample
+    return _ENTRY_BYTES + ranking.top.rows.nbytes + ranking.top.scores.nbytes + sample
 
 
 def _fidelity(index: IndexRecord, asked: Asked, found: Matched) -> Fidelity | None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from service import codec, concepts
+from service import codec, concepts, filters
 from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
 from service.filters import Filter
@@ -65,6 +66,11 @@ class Query:
     pooling: Pooling | None = None  # of a vector; None: that of the index
     filter: Filter | None = None  # which examples are ranked
 
+    @cached_property
+    def filter_key(self) -> str | None:
+        """What equal filters share, in every process; short, however many values they have."""
+        return None if self.filter is None else filters.digest(self.filter)
+
 
 def resolve(query: Query, index: IndexRecord, registry: Registry, direction: Direction) -> Asked:
     """Names to records; whether they belong together. Raises NotFound, and Invalid naming the field."""
@@ -76,7 +82,8 @@ def resolve(query: Query, index: IndexRecord, registry: Registry, direction: Dir
     if query.method != Method.INFLUENCE_FUNCTION:
         concept, vector = _direction(query, index, registry, direction)
     function = query.concept_function or ConceptFunction.DOT
-    return Asked(query.method, concept, vector, query_set, function, query.damping, query.through)
+    param = "layer" if query.vector is not None else "concept" if query.concepts is None else "concepts"
+    return Asked(query.method, concept, vector, query_set, function, query.damping, query.through, param)
 
 
 def _direction(
@@ -114,7 +121,8 @@ def _summed(found: list[tuple[ConceptRecord, F32]], wanted: tuple[Weighted, ...]
     vectors = [np.float64(each.weight) * one for each, (_, one) in zip(wanted, found, strict=True)]
     total = np.sum(vectors, axis=0).astype(np.float32)
     if not total.any():
-        raise Invalid("zero_direction", "The weighted concepts cancel each other out.", param="concepts")
+        detail = "The weighted concepts add up to nothing: they cancel each other out, or all weights are zero."
+        raise Invalid("zero_direction", detail, param="concepts")
     name = " + ".join(each.id if each.weight == 1 else f"{each.weight:g}·{each.id}" for each in wanted)
     weighted = [[record.sha256, each.weight] for each, (record, _) in zip(wanted, found, strict=True)]
     fitted = [(record.auroc_held_out, record) for record, _ in found if record.auroc_held_out is not None]
@@ -150,11 +158,14 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
             param="vector",
             context={"width": width},
         )
-    norm = float(np.linalg.norm(vector))
-    if not np.isfinite(norm) or norm == 0:
+    largest = float(np.abs(vector).max())
+    if not np.isfinite(largest) or largest == 0:
         detail = "The vector must have a direction: finite numbers that are not all zero."
         raise Invalid("bad_vector", detail, param="vector")
-    unit = (vector / norm).astype(np.float32)
+    _, exponent = np.frexp(largest)
+    near_one = np.ldexp(vector, -exponent)  # squares of very large and very small numbers would leave float64
+    length = np.linalg.norm(near_one)
+    unit = (near_one / length).astype(np.float32)
     record = ConceptRecord(
         id=INLINE,
         model=index.model,
@@ -164,7 +175,7 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
         pooling=query.pooling or pooling_of(index, query.method),
         width=width,
         method=INLINE,
-        norm=norm,
+        norm=float(length) * 2.0 ** min(int(exponent), 1000),
         auroc_held_out=None,
         n_positive=0,
         n_negative=0,

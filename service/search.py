@@ -9,6 +9,7 @@ at the same moment nor on what is in memory.
 """
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MARGIN = 16  # more candidates than asked for: rounding to float32 may swap neighbours at the edge
+# More candidates than asked for, and a share of k: rounding to float32 may swap neighbours at the edge. Where these
+# are not certainly enough, a second pass takes many more.
+_MARGIN, _MARGIN_SHARE, _WIDE_MARGIN = 16, 16, 1 << 12
+_UNIT = 2.0**-24  # rounding of float32
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,27 @@ class VectorIndex:
         ks = [min(k, self.n) for k in ks]
         asked = [number for number, k in enumerate(ks) if k > 0]
         answers = [_NOTHING] * len(queries)
-        if not asked:
-            return answers
+        for margin in (_MARGIN, _WIDE_MARGIN):
+            if asked:
+                asked = self._answer(asked, checked, ks, masks, margin, answers)
+        waiting, self._to_screen = self._to_screen, ()
+        if waiting:
+            _screen_behind(waiting)
+        return answers
+
+    def _answer(
+        self,
+        asked: Sequence[int],
+        queries: Sequence[F32],
+        ks: Sequence[int],
+        masks: Sequence[Mask | None],
+        margin: int,
+        answers: list[TopK],
+    ) -> list[int]:
+        """Answer the queries with these numbers, with so many spare candidates; which of them are not certain."""
         # Candidates are found in float32, whose range a tiny or huge query would leave.
-        together = np.stack([_near_one(checked[number]) for number in asked])
-        wanted = [ks[number] + _MARGIN for number in asked]
+        together = np.stack([_near_one(queries[number]) for number in asked])
+        wanted = [ks[number] + margin + ks[number] // _MARGIN_SHARE for number in asked]
         # The k-th best so far: rows below it need no second look. Threads may read an older one, which is lower.
         least = np.full(len(asked), -np.inf, dtype=np.float32)
 
@@ -112,13 +132,13 @@ class VectorIndex:
             return [(rows + self._starts[number], scores) for rows, scores in found]
 
         found = self._each(one, range(len(self.blocks)))
+        uncertain = []
         for place, number in enumerate(asked):
             rows, scores = (np.concatenate(each) for each in zip(*(of[place] for of in found), strict=True))
-            answers[number] = self._ranked(checked[number], rows, scores, ks[number])
-        waiting, self._to_screen = self._to_screen, ()
-        if waiting:
-            _screen_behind(waiting)
-        return answers
+            answers[number], certain = self._ranked(queries[number], rows, scores, ks[number], wanted[place])
+            if not certain:
+                uncertain.append(number)
+        return uncertain
 
     def _of_block(
         self, block: Block, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], least: F32
@@ -170,15 +190,29 @@ class VectorIndex:
             blocks.append(self.blocks[number].excerpt(rows[at] - self._starts[number]))
         return VectorIndex.of(blocks, self.d, threads=self._threads)
 
-    def _ranked(self, query: F32, rows: NDArray[np.int64], scores: F32, k: int) -> TopK:
-        """The k best of the candidates by their float64 scores; of equal ones the first row."""
-        rows, _ = _cut(rows, scores, k + _MARGIN)
+    def _ranked(self, query: F32, rows: NDArray[np.int64], scores: F32, k: int, wanted: int) -> tuple[TopK, bool]:
+        """The k best of ``wanted`` candidates by their float64 scores, of equal ones the first row; and whether no
+        row that is no candidate can be one of them.
+        """
+        rows, scores = _cut(rows, scores, wanted)
         exact = np.empty(len(rows), dtype=np.float64)
         for number, at in self._by_block(rows):
             exact[at] = self.blocks[number].rescore(rows[at] - self._starts[number], query)
-        order = np.lexsort((rows, -exact))[:k]
+        order = np.lexsort((rows, -exact))
+        certain = len(rows) < wanted or exact[order[k - 1]] == exact[order[-1]]  # all there are; or copies
+        if not certain:
+            last = int(scores.argmin())
+            beyond = exact[last] + 2 * self._rounding(query, rows[last])  # what is left out scores less than that
+            certain = bool(exact[order[k - 1]] >= beyond)
+        order = order[:k]
         with np.errstate(over="ignore"):
-            return TopK(rows[order], exact[order].astype(np.float32))
+            return TopK(rows[order], exact[order].astype(np.float32)), certain
+
+    def _rounding(self, query: F32, row: np.int64) -> float:
+        """How far a sum in float32 over this row may be off: twice as far as random roundings go."""
+        ((number, _),) = self._by_block(np.array([row]))
+        size = self.blocks[number].products(int(row - self._starts[number]), query)
+        return 2 * math.sqrt(self.d) * _UNIT * size
 
     def _by_block(self, rows: NDArray[np.int64]) -> Iterable[tuple[int, NDArray[np.int64]]]:
         """(block, positions in ``rows`` of those that it holds)."""

@@ -13,10 +13,10 @@ import numpy as np
 
 from service.cache import LoadingCache
 from service.contracts import Example, JobRecord
-from service.errors import DomainError, Invalid
+from service.errors import DomainError
 from service.examples import Examples
 from service.loading import IndexLoader
-from service.queries import Prepared, QueryService
+from service.queries import Prepared, QueryService, check_finite
 from service.questions import Query
 from service.rankings import I64, Comparison, Mover, compared, strengths
 from service.rows import F32
@@ -114,9 +114,7 @@ class WholeRankings:
 
 def _all_finite(scores: F32) -> F32:
     """The scores, never to be written to again: others read them too."""
-    if beyond := int(np.count_nonzero(~np.isfinite(scores))):
-        detail = f"{beyond} of {len(scores)} scores are too large for float32: scale the query's vector down."
-        raise Invalid("scores_overflow", detail)
+    check_finite(scores)
     scores.flags.writeable = False
     return scores
 

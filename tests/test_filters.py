@@ -293,6 +293,8 @@ BAD: list[tuple[Any, str, str, str]] = [
     ({"a": {"in": []}}, "bad_filter", "filter.a.in", "at least one"),
     ({"a": {"in": [1, [2]]}}, "bad_filter", "filter.a.in\\[1\\]", "strings, numbers"),
     ({"a": {"in": ["x"] * 100_001}}, "bad_filter", "filter.a.in", "100000"),
+    ({"any": [{"a": {"in": ["x"] * 50_001}}] * 2}, "bad_filter", "filter.any\\[1\\].a.in", "together"),
+    ({"a": {"\ud800": 1}}, "bad_filter", "filter.a", "no operator"),
     ({"a": {"prefix": 1}}, "bad_filter", "filter.a.prefix", "beginning of a string"),
     ({"a": {"gt": None}}, "bad_filter", "filter.a.gt", "number or a string"),
     ({"a": {"gt": [1]}}, "bad_filter", "filter.a.gt", "number or a string"),

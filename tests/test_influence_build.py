@@ -725,7 +725,10 @@ def test_an_extension_adds_what_is_new_in_it_and_leaves_what_is_there(world, gra
 def test_all_directions_answer_rather_than_some(world):
     about = {"kinds": ("gradient", "influence"), "coordinates": ALL, "checkpoints": Checkpoints.END}
     narrow = world.build("some", query_sets=("q",), rank=4, **about)
-    assert world.match(narrow, concept="v5").captured < 0.8
+    captured = world.match(narrow, concept="v5").captured
+    assert captured < 0.8
+    tiny = np.float32(1e-30) * V[5].astype(np.float32)  # a sum of concepts with weights whose squares float32 lacks
+    assert world.match(narrow, concept="v5", vector=tiny).captured == pytest.approx(captured, rel=1e-5)
     assert world.match(narrow, concept="v5", query_set="q", through=IndexKind.GRADIENT).captured < 0.8
     extended = world.extend(narrow, query_sets=("q",))
     expected = world.oracles[-1].embeddings(ConceptFunction.DOT, 1.0) @ V[5]

@@ -1,22 +1,34 @@
 """Questions to an index: directions in three ways, orders, pages, filters, and where a score lies among all."""
 
+import base64
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
+from api.body_limit import MOST_BYTES
 from api.main import create_app
-from service import codec, concepts, datasets, indexes, shards
+from service import codec, concepts, datasets, indexes, queries, shards
 from service.contracts import ArrayInfo, ConceptRecord, Counts, ModelRecord, Point
+from service.errors import Invalid
+from service.queries import Ranking
+from service.questions import Query
+from service.rankings import percentiles
 from service.registry import DATASETS, MODELS, Registry
+from service.search import TopK
 from service.settings import Settings
 from service.specs import IndexManifest, Section
+from service.spread import Spread
 from service.storage import Storage, sha256_bytes
-from service.terms import IndexKind, LongExamples, Pooling
+from service.terms import IndexKind, LongExamples, Method, Order, Pooling
 from service.work import ActivationSpec, Location, PassSpec
 
 D, N, LAYER = 12, 300, 2
@@ -182,7 +194,10 @@ def test_a_cursor_of_another_question_is_refused(http: TestClient, change) -> No
     body = {"concept": "a", "k": 50, "limit": 20, "order": "least"}
     cursor = ask(http, **body)["next"]
     assert ask(http, 422, **{**body, **change}, cursor=cursor)["code"] == "bad_cursor"
-    for bad in ("", "x", "e30=", cursor[:-4]):
+    deep = base64.urlsafe_b64encode(b"[" * 1400).decode()
+    index, _, about = json.loads(base64.urlsafe_b64decode(cursor))
+    forged = [base64.urlsafe_b64encode(json.dumps([index, at, about]).encode()).decode() for at in (-1, True, 2.0)]
+    for bad in ("", "x", "e30=", cursor[:-4], deep, *forged):
         assert ask(http, 422, **body, cursor=bad)["code"] == "bad_cursor"
 
 
@@ -222,7 +237,10 @@ def test_the_same_question_is_searched_once(http: TestClient) -> None:
     ({"vector": [1.0] * D}, "layer_needed", "layer"),
     ({"vector": [1.0] * (D + 1), "layer": LAYER}, "vector_of_other_width", "vector"),
     ({"vector": [0.0] * D, "layer": LAYER}, "bad_vector", "vector"),
-    ({"vector": [1.0] * D, "layer": 3}, "layer_not_indexed", "concept"),
+    ({"vector": [1.0] * D, "layer": 3}, "layer_not_indexed", "layer"),
+    ({"concept": "deep"}, "layer_not_indexed", "concept"),
+    ({"concepts": [{"id": "deep"}]}, "layer_not_indexed", "concepts"),
+    ({"concepts": [{"id": "a", "weight": 0}]}, "zero_direction", "concepts"),
     ({"vector": [1.0] * D, "layer": LAYER, "pooling": "all_mean"}, "concept_of_other_pooling", "pooling"),
     ({"concepts": [{"id": "a"}, {"id": "deep"}]}, "concepts_of_different_layer", "concepts[1]"),
     ({"concepts": [{"id": "a"}, {"id": "pooled"}]}, "concept_of_other_pooling", "concepts[1]"),
@@ -237,6 +255,102 @@ def test_the_same_question_is_searched_once(http: TestClient) -> None:
 def test_what_cannot_be_asked_is_refused_by_name(http: TestClient, body, code: str, param: str) -> None:
     answer = ask(http, 404 if code.endswith("not_found") else 422, **body)
     assert (answer["code"], answer["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30, 1e30, 1e200])
+def test_the_length_of_a_vector_does_not_matter(http: TestClient, size: float) -> None:
+    vector = [size * float(value) for value in DIRECTIONS["a"]]
+    answer = ask(http, vector=vector, layer=LAYER, k=30)
+    assert numbers(answer) == np.argsort(-SCORES)[:30].tolist()
+    np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], -np.sort(-SCORES)[:30], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bad", "code"), [
+    ({"id": "nobody"}, "concept_not_found"),
+    ({"id": "deep"}, "layer_not_indexed"),
+    ({"id": "pooled"}, "concept_of_other_pooling"),
+    ({"id": "b", "weight": 0}, "zero_direction"),
+])  # fmt: skip
+def test_of_several_rankings_the_error_names_the_concept(http: TestClient, bad, code: str) -> None:
+    body = {"index": "i", "concepts": [{"id": "a"}, {"id": "b"}, bad]}
+    answer = http.post("/v1/queries/each", json=body).json()
+    assert (answer["code"], answer["param"]) == (code, "concepts[2]")
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("queries", '{"concept": "a", "filter": {"n": {"HALF": 1}}}'),
+    ("queries", '{"concept": "a", "HALF": 1}'),
+    ("queries/groups", '{"concept": "a", "group_by": "HALF"}'),
+])  # fmt: skip
+def test_what_is_no_text_is_refused_and_not_a_bug(http: TestClient, path: str, body: str) -> None:
+    content = body.replace("HALF", "\\ud800").replace("{", '{"index": "i", ', 1)
+    response = http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422, response.text
+    assert response.json()["code"] in {"bad_filter", "invalid_request", "unknown_field"}
+
+
+def test_a_body_that_no_question_needs_is_not_read(http: TestClient) -> None:
+    long = b'{"index": "i", "concept": "a", "filter": {"s": "' + b"x" * MOST_BYTES + b'"}}'
+
+    def unannounced() -> Iterator[bytes]:
+        yield from (long[start : start + (1 << 20)] for start in range(0, len(long), 1 << 20))
+
+    for content in (long, unannounced()):
+        response = http.post("/v1/queries", content=content, headers={"content-type": "application/json"})
+        answer = response.json()
+        assert (response.status_code, answer["code"], answer["param"]) == (413, "body_too_large", "body")
+
+
+def test_a_cursor_holds_in_every_process() -> None:
+    """Sets have another order in each, and the next page may be asked of another server, or after a restart."""
+    code = (
+        "from service import filters, paging, questions, terms;"
+        "wanted = filters.parse({'s': {'in': list('abcdefgh')}, 'n': {'gt': 1}, 'any': [{'x': 1}, {'y': True}]});"
+        "query = questions.Query('i', 'a', terms.Method.VECTOR_FILTER, terms.Order.MOST, 5, filter=wanted);"
+        "print(paging._digest(query))"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in "123"
+    ]
+    assert len(set(told)) == 1
+    assert len(told[0].strip()) == 16
+
+
+def test_equal_scores_have_equal_percentiles_and_zero_has_no_sign() -> None:
+    scores = np.array([5, 3, 3, 3, 0, 0, -1], dtype=np.float32)
+    query = Query("i", "a", Method.VECTOR_FILTER, Order.MOST, 7)
+    whole = percentiles(scores)
+    for order, top in ((Order.MOST, scores), (Order.LEAST, scores[::-1])):
+        ranking = Ranking(TopK(np.arange(7), top), Spread(0.0, 1.0), None, 7)
+        found = queries._percentiles(replace(query, order=order), ranking, top[2:5])
+        np.testing.assert_allclose(found, (whole if order == Order.MOST else whole[::-1])[2:5])
+    turned = queries._negative(TopK(np.arange(2), np.array([0, 1], dtype=np.float32))).scores
+    assert not np.signbit(turned[0])
+
+
+def test_scores_that_no_number_can_hold_are_refused() -> None:
+    with pytest.raises(Invalid, match="1 of 2 scores") as refused:
+        queries.check_finite(np.array([1, np.inf], dtype=np.float32))
+    assert refused.value.code == "scores_overflow"
+
+
+def test_what_is_kept_is_weighed_with_its_key(http: TestClient) -> None:
+    """A ranking of one hit takes a few bytes, but the question it answers may have a hundred thousand values."""
+    ask(http, concept="a", k=1, filter={"n": {"in": list(range(2000))}})
+    ask(http, vector=[1.0] * D, layer=LAYER, k=1)
+    app: Any = http.app
+    service = app.state.services.queries
+    for kept in (service._rankings, service._masks):
+        assert kept._values
+        for key, (_, weight) in kept._values.items():
+            assert len(repr(key)) < weight
 
 
 def test_a_vector_with_nan_is_refused(http: TestClient) -> None:

@@ -266,6 +266,20 @@ def test_of_equal_rows_the_first_are_found_by_every_way(threads: int) -> None:
             np.testing.assert_array_equal(found.rows, same[:10])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_float32_cannot_tell_apart_are_ranked_all_the_same(threads: int) -> None:
+    """Two massive columns cancel: what is left of the sums is hardly more than what their rounding leaves."""
+    rows = 1e-3 * normal(0, 9_000, 64)
+    rows[:, :2] = 1000
+    stored, queries = unpack(*pack(rows)).astype(np.float64), normal(1, 4, 64)
+    queries[:, :2] = [5, -5]
+    for index in indexes(rows, threads):
+        for query in queries:
+            best = np.argsort(-(stored @ query.astype(np.float64)), kind="stable")[:100]
+            for found in (index.search(query, 100), index.search_many([query, -query], [100, 5])[0]):
+                np.testing.assert_array_equal(found.rows, best)
+
+
 def test_a_screen_that_cannot_be_made_is_told_and_searches_go_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

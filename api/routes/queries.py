@@ -2,12 +2,13 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
 from pydantic_core import to_json
 
-from api.dependencies import ServicesDep, accepted
+from api.dependencies import Services, ServicesDep, accepted
 from api.problems import documented
 from api.schemas import (
     ConceptUsed,
@@ -26,7 +27,7 @@ from api.schemas import (
 from service import codec, filters
 from service.contracts import Fidelity, IndexRecord, JobRecord
 from service.datasets import render
-from service.errors import Invalid
+from service.errors import DomainError, Invalid
 from service.matching import Matched
 from service.paging import Page
 from service.queries import Answer, Hit
@@ -84,13 +85,23 @@ def each(body: QueryIn, services: ServicesDep) -> Items[QueryOut | JobRecord]:
     _check_k(body, services)
     wanted = [body.model_copy(update={"concepts": [one]}) for one in body.concepts]
     with ThreadPoolExecutor(min(len(wanted), _TOGETHER)) as threads:
-        found = list(threads.map(lambda one: services.queries.run(question(one, one.k)), wanted))
+        found = list(threads.map(partial(_one_of_each, services), range(len(wanted)), wanted))
     return Items(
         items=[
             answer if isinstance(answer, JobRecord) else _present(one, answer)
             for one, answer in zip(wanted, found, strict=True)
         ]
     )
+
+
+def _one_of_each(services: Services, number: int, body: QueryIn) -> Answer | JobRecord:
+    """The ranking of the concept with this number, whose place in the request errors name."""
+    try:
+        return services.queries.run(question(body, body.k))
+    except DomainError as error:
+        if error.param in {"concepts", "concepts[0]"} and error.code != "concept_needed":
+            error.param = f"concepts[{number}]"
+        raise
 
 
 @router.post(

@@ -45,7 +45,7 @@ _JOB = {
     "/queries/scores",
     summary="The score of every example, as a Parquet file",
     response_class=Response,
-    responses={200: _FILE, **_JOB, **documented(404, 422, 500)},
+    responses={200: _FILE, **_JOB, **documented(404, 422, 503)},
 )
 def scores(body: ScoresIn, services: ServicesDep) -> Response:
     """Stream the whole ranking, first rank first: rank, example_id, score, percentile, z_score, file and line of
@@ -76,7 +76,7 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
 @router.post(
     "/queries/groups",
     summary="Which groups of training examples pushed the model toward this concept?",
-    responses={**_JOB, **documented(404, 422, 500)},
+    responses={**_JOB, **documented(404, 422, 503)},
 )
 def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsOut | JobRecord:
     """Group all examples by a metadata field, or by what they do to the model: sum and mean of scores with its
@@ -126,7 +126,7 @@ def _portrait(found: Portrait) -> GroupOut:
     )
 
 
-@router.post("/compare", summary="Where do two rankings differ?", responses={**_JOB, **documented(404, 422, 500)})
+@router.post("/compare", summary="Where do two rankings differ?", responses={**_JOB, **documented(404, 422, 503)})
 def compare(body: CompareIn, services: ServicesDep, response: Response) -> CompareOut | JobRecord:
     """Rank correlation, overlap of the first k, and the examples that moved most, over those that both rank."""
     a, b = question(body.a, body.k), question(body.b, body.k)
