@@ -238,9 +238,8 @@ class SuggestService:
             values = [_encoded(saes.read(self._storage, record), side) for side in (positive, negative)]
             fires = np.flatnonzero((values[0] > 0).any(axis=0) | (values[1] > 0).any(axis=0))
             labels = saes.labels(self._storage, record)
-            named: list[Named] = [
-                ("sae_feature", saes.concept_id(record.id, n), labels.of(n), layer) for n in fires.tolist()
-            ]
+            ids = [(saes.concept_id(record.id, feature), labels.of(feature)) for feature in fires.tolist()]
+            named: list[Named] = [("sae_feature", *each, layer) for each in ids]
             yield named, values[0][:, fires], values[1][:, fires]
         if directions is not None and directions.array.layer == layer and directions.directions:
             rows = np.array([each.vector for each in directions.directions], dtype=np.float64)

@@ -245,6 +245,30 @@ def test_what_cannot_be_asked_of_saes_is_a_problem(built, stack, path, body, cod
     assert (response.json()["code"], response.json()["param"]) == (code, param)
 
 
+def test_suggestions_come_from_concepts_features_and_directions(built, stack, client: Client, tmp_path: Path):
+    sides = {
+        name: lines(tmp_path / f"{name}.jsonl", some[:10]) for name, some in (("pos", QUERIES), ("neg", OTHERS))
+    }
+    sent = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in sides.items()}
+    asked = {"model": "ev-end", "positive": sent["pos"], "negative": sent["neg"], "index": "evidence"}
+    answer = client.settle(lambda: client.suggest_concepts(**asked, k=200))
+    assert {each.kind for each in answer.suggestions} == {"concept", "sae_feature", "direction"}
+    n, m = len({str(each) for each in sent["pos"]}), len({str(each) for each in sent["neg"]})
+    assert (answer.n_positive, answer.n_negative, answer.candidates) == (n, m, len(answer.suggestions))
+    known = {each.id: each for each in answer.suggestions}
+    assert known["ev"].sign == 1  # it was fitted on these
+    assert [each.auroc for each in answer.suggestions] == sorted(
+        (one.auroc for one in known.values()), reverse=True
+    )
+    files = ["--positive", str(sides["pos"]), "--negative", str(sides["neg"])]
+    told = whence(stack, "concepts", "suggest", "--model", "ev-end", *files, "--index", "evidence", "-k", "3")
+    assert answer.suggestions[0].id in told
+    with pytest.raises(WhenceError, match="3 are least"):
+        client.suggest_concepts(**asked | {"negative": sent["neg"][:2]})
+    with pytest.raises(WhenceError, match="same examples"):
+        client.suggest_concepts(**asked | {"negative": sent["pos"]})
+
+
 def test_the_commands_for_saes_show_what_the_server_says(built, stack):
     whence(stack, "saes", "train", "cli-sae", "--index", "evidence", "--steps", "20", "--features", "8", "-k", "2")
     whence(stack, "saes", "label", "cli-sae", "3", "boats", "--author", "ann")
