@@ -7,6 +7,7 @@ from typing import Any
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
+from service.validation_spec import ValidateSpec
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
@@ -221,6 +222,7 @@ JobSpec = (
     | DirectionsSpec
     | ClustersSpec
     | RerankSpec
+    | ValidateSpec
 )
 
 

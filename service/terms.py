@@ -115,6 +115,7 @@ class JobKind(StrEnum):
     DIRECTIONS = "directions"
     CLUSTERS = "clusters"
     RERANK = "rerank"
+    VALIDATE = "validate"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

@@ -26,6 +26,7 @@ from service.specs import (
     RepairSpec,
     RerankSpec,
     TokenSharesSpec,
+    ValidateSpec,
     VerifySpec,
 )
 from service.storage import Storage, sha256_bytes
@@ -38,6 +39,7 @@ from workers.extend import extend
 from workers.life import SPECS, Life, described
 from workers.pool import Pool
 from workers.stages import Stages
+from workers.validation import Validating
 
 
 class RayEngine:
@@ -78,6 +80,8 @@ class RayEngine:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
             case JobKind.CLUSTERS:
                 return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
+            case JobKind.VALIDATE:
+                return self._validate(codec.from_plain(ValidateSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
@@ -216,6 +220,12 @@ class RayEngine:
         index = self._registry.get(INDEXES, spec.index)
         manifest = indexes.read_manifest(self._storage, index)
         return rerank.compute(stages, self._registry, spec, manifest, self._model(index.model, manifest.spec))
+
+    def _validate(self, spec: ValidateSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        model = self._model(spec.model, indexes.read_manifest(self._storage, index).spec)
+        models.check_fingerprints(models.location(model, spec.base), spec.reading, self._redis)
+        return Validating(stages, self._registry, spec, index, model, self._pool.room()).run()
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""
