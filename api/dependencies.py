@@ -15,6 +15,7 @@ from service.registry import Registry
 from service.reranking import RerankService
 from service.settings import Settings
 from service.storage import Storage
+from service.validating import ValidationService
 from service.whole import WholeRankings
 
 
@@ -30,6 +31,7 @@ class Services:
     groups: Groups
     directions: DirectionsService
     reranking: RerankService
+    validations: ValidationService
 
 
 async def _services(request: Request) -> Services:

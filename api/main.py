@@ -28,6 +28,7 @@ from api.routes import (
     queries,
     rankings,
     rerank,
+    validations,
 )
 from api.routes import registry as registry_routes
 from api.version import VERSION
@@ -43,6 +44,7 @@ from service.registry import Registry
 from service.reranking import RerankService
 from service.settings import Settings, load_settings
 from service.storage import Storage
+from service.validating import ValidationService
 from service.whole import WholeRankings
 
 _ALLOCATIONS = 20_000  # more objects than were freed, before young ones are looked through
@@ -79,10 +81,11 @@ def create_app(settings: Settings) -> FastAPI:
         groups=Groups(whole, loader, storage, work),
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
+        validations=ValidationService(registry, storage, work, loader, whole, settings),
     )
     problems.install(app)
     shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
-    for module in (*shown, registry_routes, health):
+    for module in (*shown, validations, registry_routes, health):
         app.include_router(module.router)
     return app
 

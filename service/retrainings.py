@@ -8,7 +8,6 @@ seeds.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import zip_longest
 
 import numpy as np
@@ -18,6 +17,7 @@ from service import codec
 from service.errors import Invalid
 from service.tasks import identity
 from service.training import ReadAnswersWork, RetrainWork
+from service.validation_records import Arm, Budget, Design, Plan
 from service.work import FORMAT
 
 Bools = NDArray[np.bool_]
@@ -26,39 +26,6 @@ I64 = NDArray[np.int64]
 
 GROUPS = 40  # random groups, where their size is not given
 _TRIES = 100  # draws per subset that is wanted
-
-
-class Arm(StrEnum):
-    """What a retraining is for."""
-
-    BASE = "base"  # nothing is trained
-    FULL = "full"
-    MOST = "most"  # the highest scores are removed
-    LEAST = "least"
-    RANDOM = "random"
-    SUBSET = "subset"
-
-
-@dataclass(frozen=True)
-class Design:
-    """``subsets`` 0: no LDS; ``seeds`` 0: no curves. Groups are those of a metadata field, or drawn."""
-
-    subsets: int = 40
-    keep: float = 0.5
-    group_by: str | None = None
-    group_size: int | None = None  # None: so that there are 40 random groups
-    subset_seeds: int = 2
-    fractions: tuple[float, ...] = (0.25,)
-    seeds: int = 5
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """None: no bound. ``minutes`` of retraining, on all workers together, by the clock on the wall."""
-
-    runs: int | None = None
-    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +53,6 @@ class Units:
     first: Unit
     curves: tuple[Unit, ...]
     subsets: tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much of a design fits the budget, decided once and then kept. ``seconds`` None: not told."""
-
-    runs: int
-    wanted: int
-    seeds: int
-    subsets: int
-    there: int  # of ``runs``: trained already, by this validation or another
-    run_s: float  # the measured first run, on all examples
-    estimate_s: float  # of what is left to train
-    workers: int
-    cut: tuple[str, ...]  # in words; empty: everything fits
 
 
 # --- which examples ---------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ from service.models import end_point, end_tokens
 from service.planning import declared_points
 from service.questions import Query
 from service.registry import DATASETS, MODELS, Registry
-from service.retrainings import Budget, Design, Plan, units
+from service.retrainings import units
 from service.row_blocks import id_bytes
 from service.settings import Settings
 from service.storage import Storage
 from service.tasks import identity
 from service.terms import JobKind, Lora, LossReduction, Method
 from service.training import FULL_RATE, LORA_RATE, LoraRecipe, Recipe, Schedule
+from service.validation_records import Budget, Design, Plan, Report
 from service.validation_spec import INPUTS, Trait, ValidateSpec
-from service.validations import Report
 from service.whole import Scored, WholeRankings
 from service.work import FORMAT, AnswersSpec
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import Point
-from service.retrainings import Budget, Design
 from service.terms import ConceptFunction, Pooling
 from service.training import Recipe
+from service.validation_records import Budget, Design
 from service.work import AnswersSpec, Reading
 
 INPUTS = "inputs"  # stem: ids (n, 64), scores (n,), groups (n,) where there are some

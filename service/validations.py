@@ -5,16 +5,13 @@ standard error comes with the number of things it was taken over.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.rankings import average_ranks
-from service.retrainings import Arm, Plan
+from service.validation_records import Arm, CurvePoint, Difference, Finding, Lds, Outcome, Part, Verdict
 
 F64 = NDArray[np.float64]
 
@@ -34,112 +31,6 @@ THRESHOLDS: Mapping[str, float] = {
 }
 
 
-class Finding(StrEnum):
-    PREDICTS = "predicts"
-    IN_PART = "predicts_in_part"
-    DOES_NOT = "does_not_predict"
-    OPPOSITE = "predicts_the_opposite"
-    TOO_NOISY = "too_noisy_to_say"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One retraining and what came of it. ``predicted``: sum of the scores of what it trained on."""
-
-    arm: Arm
-    seed: int
-    fraction: float  # of the examples that were left out
-    number: int  # of the subset
-    kept: int
-    predicted: float
-    outcome: float
-    f_v: float | None
-    loss: float
-    trait_rate: float | None
-    run: str  # key of the artifact
-
-
-@dataclass(frozen=True)
-class Lds:
-    """Spearman over random subsets of predicted and actual outcome, the latter averaged over seeds.
-
-    ``se``: bootstrap over subsets. ``ceiling``: Spearman between two seeds of the same subsets, averaged over
-    pairs; None with one seed. ``by_size``: the same as ``value`` for the number of examples alone.
-    """
-
-    value: float
-    se: float
-    ceiling: float | None
-    by_size: float
-    subsets: int
-    seeds: int
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Mean over seeds of one measure after ``fraction`` was removed; ``se`` None with one seed."""
-
-    arm: Arm
-    fraction: float
-    measure: str  # outcome, f_v, loss, trait_rate
-    mean: float
-    se: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``a`` minus ``b`` under the same seeds; ``in_se`` is the mean in standard errors."""
-
-    a: Arm
-    b: Arm
-    fraction: float
-    measure: str
-    mean: float
-    se: float | None
-    in_se: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one comparison says. The interval is that of ``value`` ± 2 standard errors."""
-
-    about: str
-    finding: Finding
-    value: float
-    low: float
-    high: float
-    words: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    finding: Finding
-    words: str
-    parts: tuple[Part, ...]
-    thresholds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything a validation found. ``about``: question, recipe, design and budget, as they were asked for."""
-
-    about: Mapping[str, Any]
-    examples: int
-    left_out: int  # of the datasets, but not in the index: no run trains on them
-    plan: Plan
-    base: float  # outcome without any training, and after training on everything
-    full: float
-    trait_threshold: float | None
-    lds: Lds | None
-    curves: tuple[CurvePoint, ...]
-    differences: tuple[Difference, ...]
-    verdict: Verdict
-    warnings: tuple[str, ...]
-    runs: tuple[Outcome, ...]
-
-
 # --- rank correlation and its error -------------------------------------------------------------------
 
 
@@ -149,6 +40,13 @@ def correlation(a: F64, b: F64) -> float:
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 else 0.0
+
+
+def partial_correlation(a: F64, b: F64, given: F64) -> float:
+    """Spearman of ``a`` and ``b`` with the ranks of ``given`` held fixed; 0 where they decide one of both."""
+    ab, ag, bg = correlation(a, b), correlation(a, given), correlation(b, given)
+    scale = np.sqrt(max(0.0, (1 - ag**2) * (1 - bg**2)))
+    return float(np.clip((ab - ag * bg) / scale, -1, 1)) if scale > 1e-9 else 0.0
 
 
 def resampled(predicted: F64, actual: F64, *, draws: int = DRAWS, seed: int = 0) -> F64:
@@ -173,6 +71,7 @@ def linear_datamodeling_score(predicted: F64, actual: F64, sizes: F64) -> Lds:
         se=float(resampled(predicted, mean).std()),
         ceiling=ceiling(actual),
         by_size=correlation(sizes, mean),
+        given_size=partial_correlation(predicted, mean, sizes),
         subsets=len(mean),
         seeds=len(actual),
     )

@@ -13,14 +13,15 @@ from service import artifacts, models
 from service.contracts import DatasetRecord, IndexRecord, ModelRecord
 from service.errors import Invalid, NotFound
 from service.registry import DATASETS, Registry
-from service.retrainings import Arm, Plan, Run, Units, answers_key, plan, planned, run_key, units
+from service.retrainings import Run, Units, answers_key, plan, planned, run_key, units
 from service.row_blocks import from_id_bytes
 from service.rows import F32
 from service.tasks import Artifact, Task
 from service.training import ReadAnswersWork, RetrainWork, Source
 from service.validating import PLAN, REPORT, as_tensor, find_plan, find_report, plan_key
+from service.validation_records import Arm, Lds, Outcome, Plan, Report
 from service.validation_spec import INPUTS, ValidateSpec
-from service.validations import Lds, Outcome, Report, curves, differences, lds, verdict
+from service.validations import curves, differences, lds, verdict
 from service.work import ActivationSpec, PassSpec
 from workers.actor import find
 from workers.stages import Stages
@@ -250,7 +251,8 @@ class Validating:
             )
         if score is not None and abs(score.by_size) > abs(score.value) - _BY_SIZE:
             said.append(
-                f"The number of examples in a subset alone predicts the outcome at {score.by_size:+.2f}: say "
-                "groups of similar size, or judge by the curves, which compare equal numbers."
+                f"The number of examples in a subset alone predicts the outcome at {score.by_size:+.2f}; among "
+                f"subsets of one size the scores do so at {score.given_size:+.2f}. Say groups of similar size, or "
+                "judge by the curves, which compare equal numbers."
             )
         return tuple(said)
