@@ -71,7 +71,7 @@ def group_dropout(groups: Sequence[str], count: int, *, seed: int, keep: float =
     rng = np.random.default_rng([seed, 0x5B5E])
     most = min(keep / 2, (1 - keep) / 2)
     found: dict[bytes, Bools] = {}
-    for _ in range(_TRIES * count):
+    for _ in range(_TRIES * count if count <= 2 ** min(len(names), 30) else 0):
         if len(found) == count:
             break
         kept = rng.random(len(names)) < keep
@@ -79,7 +79,7 @@ def group_dropout(groups: Sequence[str], count: int, *, seed: int, keep: float =
         if keep - most <= subset.mean() <= keep + most:
             found.setdefault(kept.tobytes(), subset)
     if len(found) < count:
-        raise ValueError(f"{count} different subsets wanted, {len(names)} groups give only {len(found)}")
+        raise ValueError(f"{count} different subsets wanted, {len(names)} groups give fewer")
     return np.stack(list(found.values())) if found else np.zeros((0, len(number)), dtype=bool)
 
 

@@ -1,10 +1,11 @@
 """A validation asked for: which scores, which retrainings, and its report or the job that makes it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +31,10 @@ from service.validation_spec import INPUTS, Trait, ValidateSpec
 from service.whole import Scored, WholeRankings
 from service.work import FORMAT, AnswersSpec
 
+T = TypeVar("T")
+
 REPORT, PLAN = "report", "plan"  # stems: JSON as bytes
+_ID = re.compile(r"[0-9a-f]{64}")
 _OF_QUERY_SET = {Method.CONCEPT_INFLUENCE, Method.INFLUENCE_FUNCTION}  # those whose question names it
 
 
@@ -123,12 +127,12 @@ class ValidationService:
         job, key = None, reference
         if reference.startswith("job-"):
             job = self._jobs.get(reference)
-            if job.kind != JobKind.VALIDATE:
-                raise NotFound("validation_not_found", f"Job {reference} is of kind {job.kind}, no validation.")
-            key = str(job.spec["key"])
-        plan, report = find_plan(self._storage, key), find_report(self._storage, key)
-        job = job or self._jobs.latest(key)
-        if job is None and plan is None and report is None:
+            key = str(job.spec.get("key"))
+        known = _ID.fullmatch(key) is not None
+        plan = find_plan(self._storage, key) if known else None
+        report = find_report(self._storage, key) if known and plan is not None else None  # it comes second
+        job = job or (self._jobs.latest(key) if known else None)
+        if (plan is None and job is None) or (job is not None and job.kind != JobKind.VALIDATE):
             detail = f"There is no validation {reference!r}; its id is 'key' in its job's spec."
             raise NotFound("validation_not_found", detail, param="reference")
         return Validation(key, job, plan, report)
@@ -268,14 +272,18 @@ def base_of(model: ModelRecord, registry: Registry) -> Point:
 
 
 def find_report(storage: Storage, key: str) -> Report | None:
-    found = artifacts.find_answer(storage, key, REPORT)
-    return codec.decode(Report, found[1]["json"].tobytes()) if found is not None else None
+    """The report of the validation ``key``; None where there is none, or it is damaged: it can be made again."""
+    return _record(storage, key, REPORT, Report)
 
 
 def find_plan(storage: Storage, key: str) -> Plan | None:
     """The plan of the validation ``key``."""
-    found = artifacts.find_answer(storage, plan_key(key), PLAN)
-    return codec.decode(Plan, found[1]["json"].tobytes()) if found is not None else None
+    return _record(storage, plan_key(key), PLAN, Plan)
+
+
+def _record(storage: Storage, key: str, stem: str, kind: type[T]) -> T | None:
+    found = artifacts.find_answer(storage, key, stem)
+    return codec.decode(kind, found[1]["json"].tobytes()) if found is not None else None
 
 
 def plan_key(key: str) -> str:
