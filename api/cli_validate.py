@@ -142,7 +142,8 @@ def show(found: ValidationOut, as_json: bool) -> None:
     if found.plan is not None:
         console.print(f"[dim]{escape(_planned(found))}[/dim]", highlight=False)
     if found.report is None:
-        console.print(f"validation {found.id}: {found.state}", highlight=False)
+        error = (found.job.error or {}).get("detail", "") if found.job is not None else ""
+        console.print(f"validation {found.id}: {found.state} {escape(str(error))}".rstrip(), highlight=False)
         return
     report = found.report
     console.print(_curves(report))

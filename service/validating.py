@@ -188,7 +188,7 @@ class ValidationService:
     def _recipe(self, asked: RecipeRequest, model: ModelRecord, reduction: LossReduction) -> Recipe:
         lora = asked.lora
         if lora is None:
-            lora = None if model.adapter is None else _lora_of(Path(model.adapter))
+            lora = None if model.adapter is None else lora_of(Path(model.adapter))
         elif isinstance(lora, bool):
             lora = LoraRecipe() if lora else None
         fields = {name: value for name, value in vars(asked).items() if name in Recipe.__dataclass_fields__}
@@ -295,7 +295,7 @@ def as_tensor(record: Any) -> dict[str, Any]:
     return {"json": np.frombuffer(codec.encode(record).encode(), dtype=np.uint8)}
 
 
-def _lora_of(folder: Path) -> LoraRecipe:
+def lora_of(folder: Path) -> LoraRecipe:
     """The shape of a model's own LoRA."""
     config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
     targets = config.get("target_modules") or ()

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from api.cli import app
 from api.client import Client, WhenceError
 from api.schemas_evidence import DirectionsOut, RerankOut
-from api.schemas_validations import ValidationOut
 from api.schemas_rankings import GroupsOut
+from api.schemas_validations import ValidationOut
 from service.contracts import Completion, JobRecord
 from service.terms import JobKind
 from tests import tiny

@@ -3,6 +3,7 @@
 Eight groups of four examples; a quarter of all say one word where the others say another, and the concept is that.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ from service.validating import (
     Validation,
     ValidationRequest,
     ValidationService,
+    lora_of,
     plan_key,
 )
 from service.validation_records import Arm, Budget, Design, Finding
@@ -231,9 +233,16 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("lora", [None, LoraRecipe(r=4), LoraRecipe(r=2, targets=("q_proj", "down_proj"))])
-def test_a_seed_decides_everything_and_the_model_is_put_back(lora):
-    loaded = tiny.loaded("gpt2" if lora is None else "llama", TOKENIZER, vocab=len(TOKENIZER))  # one has dropout
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("gpt2", None),  # has dropout
+        ("gpt2", LoraRecipe(r=4)),
+        ("llama", LoraRecipe(r=2, targets=("q_proj", "down_proj"))),
+    ],
+)
+def test_a_seed_decides_everything_and_the_model_is_put_back(family, lora):
+    loaded = tiny.loaded(family, TOKENIZER, vocab=len(TOKENIZER))
     recipe = replace(FULL, lora=lora)
     before = weights(loaded)
     first = trained(loaded, TOKENS, recipe)
@@ -450,6 +459,12 @@ def test_what_cannot_be_validated_is_refused_before_there_is_a_job(world, change
     with pytest.raises((Invalid, NotFound)) as caught:
         world.service.run(world.request(**change))
     assert (caught.value.code, caught.value.param) == (code, param)
+
+
+def test_an_adapter_is_trained_again_as_the_adapter_it_is(tmp_path):
+    told = {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    assert lora_of(tmp_path) == LoraRecipe(8, 16.0, ("q_proj", "v_proj"))
 
 
 def test_only_validations_are_found_by_their_names(world, found):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from service.errors import Invalid
 from service.terms import LossReduction
@@ -76,7 +77,12 @@ def _lora(loaded: Loaded, recipe: LoraRecipe) -> Iterator[list[nn.Parameter]]:
 
     targets = list(recipe.targets) if recipe.targets else sorted(loaded.linear_maps(len(loaded.blocks)))
     alpha: Any = recipe.alpha
-    config = LoraConfig(r=recipe.r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    config = LoraConfig(
+        r=recipe.r,
+        lora_alpha=alpha,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(each, Conv1D) for each in loaded.modules.values()),
+    )
     try:
         wrapped = get_peft_model(loaded.model, config)
     except ValueError as error:

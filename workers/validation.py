@@ -23,7 +23,6 @@ from service.validation_records import Arm, Lds, Outcome, Plan, Report
 from service.validation_spec import INPUTS, ValidateSpec
 from service.validations import curves, differences, lds, verdict
 from service.work import ActivationSpec, PassSpec
-from workers.actor import find
 from workers.stages import Stages
 from workers.works.retrain import ALONG, STATE
 
@@ -110,7 +109,7 @@ class Validating:
         context = self._stages.context
         first: Artifact = self._stages.run("first run", [self._task(found.first[0])], unit="runs")[0]
         there = {
-            id(run): find(self._stages.storage, self._task(run)) is not None
+            id(run): artifacts.made(self._stages.storage, self._key(run)) is not None
             for unit in (found.first, *found.curves, *found.subsets)
             for run in unit
         }
@@ -136,15 +135,19 @@ class Validating:
         return decided
 
     def _task(self, run: Run) -> Task:
+        title = f"retraining on {int(run.kept.sum())} examples ({run.arm}, seed {run.seed})"
+        return Task(self._key(run), title, self._work(run, self._sources(run)), self._location)
+
+    def _key(self, run: Run) -> str:
+        if id(run) not in self._keys:
+            ids = [self._ids[row] for row in np.flatnonzero(run.kept)]
+            self._keys[id(run)] = run_key(self._work(run, ()), ids)
+        return self._keys[id(run)]
+
+    def _work(self, run: Run, data: tuple[Source, ...]) -> RetrainWork:
         spec = self._spec
         answers = spec.trait.answers if spec.trait is not None else None
-        work = RetrainWork(
-            spec.reading, spec.recipe, run.seed, self._sources(run), self._query_set, spec.pooling, answers
-        )
-        if id(run) not in self._keys:
-            self._keys[id(run)] = run_key(work, [self._ids[row] for row in np.flatnonzero(run.kept)])
-        title = f"retraining on {int(run.kept.sum())} examples ({run.arm}, seed {run.seed})"
-        return Task(self._keys[id(run)], title, work, self._location)
+        return RetrainWork(spec.reading, spec.recipe, run.seed, data, self._query_set, spec.pooling, answers)
 
     def _sources(self, run: Run) -> tuple[Source, ...]:
         kept = [(part, row) for (part, row), stays in zip(self._places, run.kept, strict=True) if stays]
