@@ -50,7 +50,7 @@ bench-quick: $(VENV)/.dev  ## every benchmark at smoke size
 	$(BIN)/python -m benchmarks.query --quick --json $(QUICK_JSON)/query.json
 	$(BIN)/python -m benchmarks.quality --quick --organism persona --folder $(QUICK_JSON)/quality --json $(QUICK_JSON)/quality.json
 
-peers: $(PEERS)/bergson/.done $(PEERS)/kronfluence/.done  ## bergson and kronfluence, each in its own environment, to measure against
+peers: $(PEERS)/bergson/.done $(PEERS)/kronfluence/.done $(PEERS)/saelens/.done  ## bergson, kronfluence and SAELens, each in its own environment, to measure against
 
 # Their dependencies bring CUDA builds of torchvision and torchaudio, which break `import transformers`; neither needs them.
 $(PEERS)/%/.done: benchmarks/peers/%.txt

@@ -27,6 +27,7 @@ from api.cli_rankings import (
     show_groups,
 )
 from api.cli_rerank import ExactOption, rerank
+from api.cli_saes import saes_app
 from api.cli_validate import validate, validation
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
@@ -64,6 +65,7 @@ for _name, _sub in (
     ("indexes", indexes_app),
     ("aliases", aliases_app),
     ("concepts", concepts_app),
+    ("saes", saes_app),
     ("jobs", jobs_app),
     ("registry", registry_app),
 ):

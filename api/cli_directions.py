@@ -80,6 +80,8 @@ def show(found: DirectionsOut) -> None:
     )
     for line in said:
         console.print(f"[dim]{line}[/dim]")
+    for warning in found.warnings:
+        console.print(f"[yellow]warning[/yellow] {escape(warning)}")
 
 
 def _concepts(found: list[AlignedOut]) -> str:

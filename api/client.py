@@ -17,6 +17,7 @@ from uuid import uuid4
 import httpx
 
 from api.client_concepts import ConceptCalls
+from api.client_saes import SaesClient
 from api.client_validations import ValidationCalls
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from api.schemas_evidence import DirectionsOut, RerankOut
@@ -42,7 +43,7 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class Client(ConceptCalls, ValidationCalls):
+class Client(ConceptCalls, SaesClient, ValidationCalls):
     """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class Client(ConceptCalls, ValidationCalls):
         try:
             found = self._call("PUT", path, json=body, headers=if_match(if_revision))
         except WhenceError as error:
-            if not force or error.status != httpx.codes.PRECONDITION_REQUIRED:
+            if not force or (error.status != httpx.codes.PRECONDITION_REQUIRED and error.code != "damaged_record"):
                 raise
             found = self._call("PUT", path, json=body, headers={"If-Match": "*"})
         return codec.from_plain(AliasRecord, found)

@@ -13,6 +13,8 @@ from service.jobs import Jobs
 from service.queries import QueryService
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
 from service.validating import ValidationService
@@ -32,6 +34,8 @@ class Services:
     directions: DirectionsService
     reranking: RerankService
     validations: ValidationService
+    features: FeaturesService
+    views: ViewService
 
 
 async def _services(request: Request) -> Services:

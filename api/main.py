@@ -28,6 +28,7 @@ from api.routes import (
     queries,
     rankings,
     rerank,
+    saes,
     validations,
 )
 from api.routes import registry as registry_routes
@@ -42,6 +43,8 @@ from service.queries import QueryService
 from service.redis_server import connect
 from service.registry import Registry
 from service.reranking import RerankService
+from service.sae_features import FeaturesService
+from service.sae_view import ViewService
 from service.settings import Settings, load_settings
 from service.storage import Storage
 from service.validating import ValidationService
@@ -69,7 +72,9 @@ def create_app(settings: Settings) -> FastAPI:
     loader = IndexLoader(registry, storage, threads=settings.search_threads, most_bytes=settings.search_bytes)
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     whole = WholeRankings(ranked, loader)
-    app = FastAPI(title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422))
+    app = FastAPI(
+        title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422, 503)
+    )
     app.state.services = Services(
         settings=settings,
         redis=redis,
@@ -82,11 +87,14 @@ def create_app(settings: Settings) -> FastAPI:
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
         validations=ValidationService(registry, storage, work, loader, whole, settings),
+        features=FeaturesService(registry, storage, work, loader),
+        views=ViewService(registry, storage, loader),
     )
     problems.install(app)
     shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
-    for module in (*shown, validations, registry_routes, health):
+    for module in (*shown, saes, validations, registry_routes, health):
         app.include_router(module.router)
+    app.include_router(saes.of_index)
     return app
 
 

@@ -1,6 +1,7 @@
 """Every error as an RFC 9457 problem document: the one place where domain errors meet status codes."""
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +19,7 @@ from service import damage, errors
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+_LONGEST = 2_000  # characters of one text in a problem
 
 _STATUS: dict[type[errors.DomainError], int] = {
     errors.NotFound: 404,
@@ -61,11 +63,25 @@ def problem(
     body = {"type": f"urn:whence:problem:{code}", "title": title, "status": status, "code": code, "detail": detail}
     headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE and again else None
     return JSONResponse(
-        {**extra, **body, "param": param, "instance": request.url.path},
+        _sendable({**extra, **body, "param": param, "instance": request.url.path}),
         status_code=status,
         media_type=MEDIA_TYPE,
         headers=headers,
     )
+
+
+def _sendable(value: Any) -> Any:
+    """What was sent to us is told again in problems: half a character is no UTF-8, and a long text is cut."""
+    match value:
+        case str():
+            text = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+            return text.encode(errors="backslashreplace").decode()
+        case Mapping():
+            return {_sendable(key): _sendable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_sendable(item) for item in value]
+        case _:
+            return value
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -87,10 +103,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(errors.DomainError)
     async def domain(request: Request, error: errors.DomainError) -> JSONResponse:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-        if isinstance(error, errors.Damaged):
+        if isinstance(error, errors.Damaged | errors.NotFound) and damage.is_damage(error):
             error = damage.explained(error, None)
             log.error("%s", error)
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
         again = not isinstance(error, errors.Damaged)  # damage stays until somebody mends it
         return problem(request, status, error.code, error.detail, param=error.param, again=again, **error.context)
 
@@ -114,7 +130,9 @@ def install(app: FastAPI) -> None:
             return problem(request, 400, "invalid_json", detail, param="body")
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
-        return problem(request, error.status_code, code, detail)
+        response = problem(request, error.status_code, code, detail)
+        response.headers.update(error.headers or {})  # of a 405: what is allowed
+        return response
 
     @app.exception_handler(RedisConnectionError)
     @app.exception_handler(RedisTimeoutError)

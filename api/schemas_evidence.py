@@ -73,6 +73,7 @@ class DirectionsOut(BaseModel):
     mean: MeanOut
     directions: list[DirectionOut]
     seconds: float = Field(description="What finding them took")
+    warnings: list[str] = Field(description="Concepts that are left out, as they cannot be read")
 
 
 class RerankIn(QuestionIn):

@@ -64,7 +64,11 @@ def checked(response: httpx.Response) -> httpx.Response:
         try:
             problem = response.json()
         except ValueError:
-            detail = f"{response.status_code} from {response.url}, no problem."
+            problem = None
+        if not isinstance(problem, dict):  # a proxy's own page, perhaps
+            detail = (
+                f"{response.url} answered {response.status_code}, and not as Whence does. Is there a Whence server?"
+            )
             problem = {"code": "not_whence", "detail": detail}
         raise WhenceError(response.status_code, problem)
     return response

@@ -3,14 +3,16 @@
 Who switches says which state he has seen, so that of two who do so at once exactly one wins and the other is told.
 """
 
+import time
 from dataclasses import dataclass
 
 from redis import Redis
 
 from service import codec, keys
 from service.contracts import AliasRecord, IndexRecord
-from service.errors import Conflict, NotFound, PreconditionFailed, PreconditionRequired, Unavailable
-from service.registry import Registry, check_id
+from service.errors import Conflict, Damaged, NotFound, PreconditionFailed, PreconditionRequired, Unavailable
+from service.pointers import parsed
+from service.registry import INDEXES, Registry, check_id
 
 _TRIES = 3  # of a change whose lock is lost: Redis was flushed, or this process was paused
 
@@ -40,16 +42,25 @@ def switch(
 ) -> tuple[AliasRecord, bool]:
     """Point ``name`` at ``target``; the alias, and whether it is new.
 
-    Raises Conflict when an index has the name, PreconditionRequired, PreconditionFailed.
+    One whose file is damaged is made anew, if the condition is that there is one, whatever it is. Raises Conflict
+    when an index has the name, PreconditionRequired, PreconditionFailed, Damaged.
     """
     check_id(name, param="name")
     for _ in range(_TRIES):
         with registry.pointers.held(name) as token:
-            seen = registry.pointers.stored(name)
-            alias = seen if seen and seen.index else None
-            if alias is None:
+            text = registry.pointers.text(name)
+            try:
+                seen = parsed(name, text)
+            except Damaged:
+                if not condition.present:
+                    raise
                 _check_not_index(registry, redis, name)
-            _check(condition, name, alias)
+                seen, alias = _unreadable(name), None
+            else:
+                alias = seen if seen and seen.index else None
+                if alias is None:
+                    _check_not_index(registry, redis, name)
+                _check(condition, name, alias)
             if alias is not None and alias.index == target.id:
                 return alias, False
             made = AliasRecord(
@@ -59,24 +70,40 @@ def switch(
                 updated_at=codec.now(),
                 previous=alias.index if alias else None,
             )
-            if registry.pointers.replace(token, seen, made):
+            if registry.pointers.replace(token, text, made):
                 return made, alias is None
     raise _lost(name)
 
 
 def remove(registry: Registry, name: str, condition: Condition) -> None:
-    """Take the alias away; what it pointed at stays. Raises NotFound, PreconditionRequired, PreconditionFailed."""
+    """Take the alias away; what it pointed at stays. Raises NotFound, PreconditionRequired, PreconditionFailed, and
+    Damaged as ``switch`` does.
+    """
     check_id(name, param="name")
     for _ in range(_TRIES):
         with registry.pointers.held(name) as token:
-            seen = registry.pointers.stored(name)
-            if seen is None or not seen.index:
-                raise _not_found(registry, name)
-            _check(condition, name, seen)
-            gone = AliasRecord(name, "", seen.revision, codec.now(), seen.index)
-            if registry.pointers.replace(token, seen, gone):
+            text = registry.pointers.text(name)
+            try:
+                seen = parsed(name, text)
+            except Damaged:
+                if not condition.present:
+                    raise
+                seen = _unreadable(name)
+            else:
+                if seen is None or not seen.index:
+                    raise _not_found(registry, name)
+                _check(condition, name, seen)
+            gone = AliasRecord(name, "", seen.revision, codec.now(), seen.index or None)
+            if registry.pointers.replace(token, text, gone):
                 return
     raise _lost(name)
+
+
+def _unreadable(name: str) -> AliasRecord:
+    """What stands for an alias that nobody can read, as if it had been removed. Its revision is lost; the time is
+    above all that were ever counted to, so that no old ETag fits what comes after.
+    """
+    return AliasRecord(name, "", int(1000 * time.time()), "")
 
 
 def check_not_alias(registry: Registry, name: str) -> None:
@@ -92,7 +119,11 @@ def check_not_alias(registry: Registry, name: str) -> None:
 
 def _check_not_index(registry: Registry, redis: Redis, name: str) -> None:
     # The counter stands for a build that is under way: it would be published under the alias's name.
-    if registry.pointed(name).newest is not None or redis.exists(keys.index_versions(name)):
+    try:
+        published = registry.pointed(name).newest is not None
+    except Damaged:  # of an alias, perhaps a removed one whose name an index has taken
+        published = any(item.startswith(f"{name}@v") for item in registry.stored_ids(INDEXES))
+    if published or redis.exists(keys.index_versions(name)):
         raise Conflict(
             "name_is_index",
             f"{name!r} is the name of an index, published or being built. Choose another one for the alias.",

@@ -29,10 +29,12 @@ def publish(
     facts: Mapping[str, float | int | str] | None = None,
     versions: Mapping[str, str] | None = None,
     answer: bool = False,
+    by_content: bool = False,
 ) -> Artifact:
     """Store each entry of ``tensors`` (file stem → named arrays) and then the manifest.
 
-    ``answer``: nothing is computed from it, so a damaged one may be replaced by whatever is computed now; others by
+    ``answer``: nothing is computed from it, so a damaged one may be replaced by whatever is computed now.
+    ``by_content``: the key is a hash of the tensors, so a damaged one may be replaced by what has it. Others by
     their like alone, or Damaged (``cannot_repair_exactly``) is raised.
     """
     files = {
@@ -41,7 +43,7 @@ def publish(
     }
     hashes = {name: sha256_bytes(data) for name, data in files.items()}
     artifact = Artifact(key, dict(facts or {}), hashes, dict(versions or {}))
-    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer)
+    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer, by_content=by_content)
 
 
 def find(storage: Storage, key: str) -> Artifact | None:
@@ -88,6 +90,14 @@ def read(storage: Storage, artifact: Artifact, stem: str) -> dict[str, NDArray[A
     """The named arrays of one file, checked against its sha256. Raises Damaged."""
     name = f"{stem}.safetensors"
     return load_safetensors(storage.read(f"{folder(artifact.key)}/{name}", sha256=artifact.files[name]))
+
+
+def remove(storage: Storage, key: str) -> None:
+    """Delete an artifact that nothing refers to any more: its manifest first, so that nobody meets half of it."""
+    artifact = made(storage, key)
+    storage.remove(f"{folder(key)}/{MANIFEST}")
+    for name in artifact.files if artifact is not None else ():
+        storage.remove(f"{folder(key)}/{name}")
 
 
 def folder(key: str) -> str:

@@ -35,8 +35,10 @@ class LoadingCache(Generic[V]):
             value = load()  # when it raises, the gate stays for the next one
             weight = self._weigh(value)
             with self._lock:
+                # Loaded twice at once where one waited at the gate while the value came and went again.
+                _, other = self._values.pop(key, (None, 0))
                 self._values[key] = (value, weight)
-                self._weight += weight
+                self._weight += weight - other
                 self._loading.pop(key, None)
                 while self._weight > self._most and len(self._values) > 1:
                     _, (_, lighter) = self._values.popitem(last=False)

@@ -1,17 +1,19 @@
 """Concepts at rest, and the rule which model's concept may be asked of which index."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from service import codec, saes
 from service.contracts import ConceptRecord, IndexRecord
-from service.errors import Invalid
-from service.registry import CONCEPTS, Registry
+from service.errors import Damaged, Invalid, NotFound
+from service.registry import CONCEPTS, SAES, Registry, check_id
 from service.rows import F32
-from service.storage import Storage
-from service.terms import IndexKind
+from service.storage import Storage, sha256_bytes
+from service.terms import IndexKind, Pooling
 
 TENSOR = "direction"
 
@@ -27,14 +29,60 @@ def publish(storage: Storage, registry: Registry, record: ConceptRecord, tensor:
     registry.add(CONCEPTS, record.id, record)
 
 
+def get(
+    registry: Registry, concept_id: str, *, param: str = "concept", pooling: Pooling | None = None
+) -> ConceptRecord:
+    """A registered concept, or the feature of an SAE: ``sae:ID/N``, with ``pooling`` where the SAE has none.
+
+    Raises NotFound, and Invalid for a feature without a direction.
+    """
+    feature = saes.split(concept_id)
+    if feature is None:
+        return registry.get(CONCEPTS, concept_id, param=param)
+    return saes.concept(registry, *feature, param=param, pooling=pooling)
+
+
+def mend(storage: Storage, record: ConceptRecord, tensor: bytes) -> None:
+    """Put the direction back where its file is damaged or gone; ``tensor`` is what the record names."""
+    try:
+        storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256, cached=False)
+    except (NotFound, Damaged):
+        storage.write(_tensor_key(record.id, record.sha256), tensor)
+
+
 def direction(storage: Storage, record: ConceptRecord) -> F32:
     """v̂, (width,) float32 with unit norm; Damaged when the file is not what was registered."""
+    if saes.split(record.id) is not None:
+        return saes.direction(storage, record)
     return load_safetensors(tensor_file(storage, record))[TENSOR]
 
 
 def tensor_file(storage: Storage, record: ConceptRecord) -> bytes:
     """The safetensors file that holds it, checked as by ``direction``."""
     return storage.read(_tensor_key(record.id, record.sha256), sha256=record.sha256)
+
+
+def publish_feature(
+    registry: Registry, concept_id: str, sae_id: str, feature: int, *, pooling: Pooling | None, param: str
+) -> ConceptRecord:
+    """A feature of an SAE as a registered concept. The same one again is no error; raises Conflict, NotFound,
+    Invalid.
+    """
+    check_id(concept_id, param="id")
+    made = saes.concept(registry, sae_id, feature, param=param, pooling=pooling)
+    if pooling not in {None, made.pooling}:
+        detail = f"SAE {sae_id!r} was trained on rows pooled by {made.pooling}, not by {pooling}."
+        raise Invalid("sae_of_other_pooling", detail, param="pooling")
+    tensor = to_safetensors(saes.direction(registry.storage, made))
+    label = saes.labels(registry.storage, registry.get(SAES, sae_id)).of(feature)
+    provenance = {**made.provenance, **({"label": label} if label else {})}
+    about = {"provenance": provenance, "sha256": sha256_bytes(tensor), "created_at": codec.now()}
+    record = replace(made, id=concept_id, **about)
+    known = registry.find(CONCEPTS, concept_id)
+    if known is not None and (known.sha256, known.provenance.get("sae")) == (record.sha256, sae_id):
+        return known
+    publish(registry.storage, registry, record, tensor)
+    return record
 
 
 def check_fits(

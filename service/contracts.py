@@ -238,10 +238,11 @@ class Rebuilt:
     newest: int  # names of indexes, each with its newest version
     aliases: int
     damaged: tuple[str, ...] = ()
+    saes: int = 0
 
     @property
     def records(self) -> int:
-        return self.models + self.datasets + self.concepts + self.indexes
+        return self.models + self.datasets + self.concepts + self.saes + self.indexes
 
 
 # --- examples ---------------------------------------------------------------------------------------

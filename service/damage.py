@@ -10,13 +10,14 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from service import indexes
 from service.errors import Damaged, NotFound
-from service.registry import Registry
+from service.registry import INDEXES, Registry
 from service.storage import Storage
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MISSING = "file_not_found"  # what storage says of a file that is not there
+_OF_THEIR_OWN = ("aliases/", "concepts/", "datasets/", "models/", "saes/")  # files that belong to no index
 _FOUND = {MISSING, "missing_artifact", "damaged_file", "damaged_record"}
 
 
@@ -69,7 +70,7 @@ def explained(error: Damaged | NotFound, index: str | None) -> Damaged:
     file = error.param
     code, what = ("missing_file", "is missing") if error.code in {MISSING, "missing_artifact"} else (error.code, "")
     way, sentence = remedy(file, index)
-    of = f" of index {index}" if index and not file.startswith(("datasets/", "concepts/", "models/")) else ""
+    of = f" of index {index}" if index and not file.startswith(_OF_THEIR_OWN) else ""
     detail = f"{file}{of} {what or 'is damaged: it is not what was written'}. {sentence}"
     context: dict[str, Any] = {**error.context, "file": file, "index": index, "repair": way}
     return Damaged(code, detail, param=file, context=context)
@@ -82,8 +83,20 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
     if kind == "datasets":
         command = f"whence datasets add FILE --id {owner}"
         return command, f"Upload the same file again: `{command}`; the same content puts it back."
+    if kind == "aliases":
+        command = f"whence aliases set {owner} INDEX --force"
+        detail = (
+            f"Set it again with `{command}` (PUT with If-Match: *), or remove it: nothing else says what it was."
+        )
+        return command, detail
     if kind == "concepts" and not rest.endswith("record.json"):
-        return None, f"Fit concept {owner!r} again under another id: what it was cannot be computed from anything."
+        detail = (
+            f"Import the export of concept {owner!r} (`whence concepts import`), send the request that derived "
+            "or gave it once more, or fit it again under another id: nothing else says what it was."
+        )
+        return None, detail
+    if kind == "saes" and not rest.endswith("record.json"):
+        return None, f"Import or train SAE {owner!r} again, under another id."
     index = owner if kind == "indexes" else index
     command = f"whence indexes repair {index}" if index else None
     if command is None:
@@ -92,11 +105,16 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
 
 
 def published(storage: Storage, registry: Registry, reference: str) -> str:
-    """The id of the version that a reference means, also where its record is damaged or gone. Raises NotFound."""
+    """The id of the version that a reference means, also where its record is damaged or gone. Raises NotFound, and
+    Damaged when nobody can tell which version an alias means.
+    """
     try:
         return indexes.resolve(registry, reference).id
     except Damaged as error:
-        return str(error.param).split("/")[1]
+        kind, _, rest = str(error.param).partition("/")
+        if kind != INDEXES.name:
+            raise
+        return rest.partition("/")[0]
     except NotFound:
         left = (indexes.BUILD, indexes.MANIFEST)
         if "@" not in reference or not any(storage.exists(f"indexes/{reference}/{name}") for name in left):

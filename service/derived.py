@@ -47,8 +47,8 @@ def derive(storage: Storage, registry: Registry, new_id: str, recipe: Recipe) ->
 
     Raises NotFound, Conflict, and Invalid where concepts do not belong together or cancel each other out.
     """
-    terms = [registry.get(CONCEPTS, each.id, param=f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
-    out = [registry.get(CONCEPTS, name, param=f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
+    terms = [concepts.get(registry, each.id, param=f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
+    out = [concepts.get(registry, name, param=f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
     first = terms[0]
     concepts.check_alike(terms, param="terms[{}].concept")
     concepts.check_alike([first, *out], param="project_out[{}]", skip=1)
@@ -133,7 +133,8 @@ def register(
     """Publish ``record`` with this direction (d,), of any length but none. ``sha256``, time and ``norm`` are set
     here, the last to the vector's own unless it is told.
 
-    A request that is sent again answers what it registered before. Raises Conflict where the id is another one's.
+    A request that is sent again answers what it registered before, and puts its file back where that is damaged or
+    gone. Raises Conflict where the id is another one's.
     """
     check_id(record.id, param="id")
     vector = np.asarray(vector, dtype=np.float64)
@@ -148,6 +149,7 @@ def register(
     record = codec.from_plain(ConceptRecord, codec.to_plain(record) | made)
     known = registry.find(CONCEPTS, record.id)
     if known is not None and _same(known, record):
+        concepts.mend(storage, known, tensor)
         return known
     if known is not None:
         detail = f"There is another concept {record.id!r} already, and it never changes. Choose another id."

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from service import artifacts, codec, concepts, indexes
+from service import artifacts, codec, concepts, damage, indexes
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, Example, IndexRecord, JobRecord
-from service.errors import Invalid
+from service.errors import Damaged, Invalid, NotFound
 from service.jobs import Jobs
 from service.loading import IndexLoader
 from service.matching import DEFAULT_DAMPING
@@ -83,6 +83,7 @@ class Directions:
     mean_share: float
     mean_concepts: tuple[Aligned, ...]
     seconds: float
+    warnings: tuple[str, ...]
 
 
 class DirectionsService:
@@ -93,8 +94,9 @@ class DirectionsService:
         self._loader = loader
         self._vectors: LoadingCache[F32] = LoadingCache(_CONCEPTS_CACHED)
 
+    @damage.told
     def run(self, request: DirectionsRequest) -> Directions | JobRecord:
-        """The directions, or the job that finds them. Raises NotFound and Invalid naming the field."""
+        """The directions, or the job that finds them. Raises NotFound and Invalid naming the field, and Damaged."""
         index = indexes.resolve(self._registry, request.index)
         query_set = None
         if request.query_set is not None:
@@ -106,7 +108,7 @@ class DirectionsService:
             return self._jobs.submit_once(spec.key, JobKind.DIRECTIONS, spec)
         found, seconds = unpack(*known)
         r = self._rows_of_r(array)
-        near = self._lineage(index, array, r)
+        near, warnings = self._lineage(index, array, r)
 
         def aligned(vector: F32) -> tuple[Aligned, ...]:
             """In the span of R a direction is Rᵀu, and ⟨Rᵀu, v̂⟩ = ⟨u, R v̂⟩."""
@@ -131,6 +133,7 @@ class DirectionsService:
             mean_share=found.rows * norm**2 / found.energy if found.energy else 0.0,
             mean_concepts=aligned(unit),
             seconds=seconds,
+            warnings=tuple(warnings),
         )
 
     def _rows_of_r(self, array: ArrayInfo) -> F32 | None:
@@ -141,11 +144,25 @@ class DirectionsService:
         held = artifacts.read(self._storage, artifacts.get(self._storage, key), "directions")
         return held["rows"].astype(np.float32)
 
-    def _lineage(self, index: IndexRecord, array: ArrayInfo, r: F32 | None) -> list[tuple[ConceptRecord, F32]]:
-        """Concepts that mean something in this residual stream at this layer, with their directions."""
+    def _lineage(
+        self, index: IndexRecord, array: ArrayInfo, r: F32 | None
+    ) -> tuple[list[tuple[ConceptRecord, F32]], list[str]]:
+        """Concepts that mean something in this residual stream at this layer, with their directions; and which of
+        them are left out, as nobody can read them: others' concepts are no reason to answer nothing.
+        """
         about = (index.lineage, array.layer, array.dims if r is None else r.shape[1])
-        fit = [each for each in self._registry.all(CONCEPTS) if (each.lineage, each.layer, each.width) == about]
-        return [(each, self._vectors.get(each.sha256, self._load(each))) for each in fit]
+        found, left_out = [], []
+        records, damaged = self._registry.survey(CONCEPTS)
+        for each in records:
+            if (each.lineage, each.layer, each.width) != about:
+                continue
+            try:
+                found.append((each, self._vectors.get(each.sha256, self._load(each))))
+            except (Damaged, NotFound) as error:
+                left_out.append(f"Concept {each.id!r} is left out: {damage.explained(error, None).detail}")
+        if damaged:
+            left_out.append(f"Concepts whose records are damaged are left out: {', '.join(damaged)}.")
+        return found, left_out
 
     def _load(self, concept: ConceptRecord) -> Callable[[], F32]:
         return lambda: concepts.direction(self._storage, concept)

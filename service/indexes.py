@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from redis import Redis
 
 from service import aliases, codec, datasets, keys, results, shards, tombstones
-from service.contracts import DatasetRecord, IndexRecord, Place, Quarantined
-from service.errors import Conflict, DomainError, NotFound
-from service.registry import DATASETS, INDEXES, Registry
+from service.contracts import AliasRecord, DatasetRecord, IndexRecord, Place, Quarantined
+from service.errors import Conflict, Damaged, DomainError, NotFound
+from service.registry import DATASETS, INDEXES, Registry, record_file
 from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.terms import LossReduction, Pooling
@@ -34,7 +34,9 @@ def next_version(redis: Redis, registry: Registry, name: str) -> int:
     """A version number nobody else gets, above all that are published. Raises Conflict for the name of an alias."""
     with registry.pointers.held(name):  # from now on no alias can take it
         aliases.check_not_alias(registry, name)
-        parts = (item_id.rpartition("@v") for item_id in registry.stored_ids(INDEXES))
+        # An alias may point at a version whose files are lost: it must not come to mean another one.
+        named = [*registry.stored_ids(INDEXES), *(alias.index for alias in registry.aliases())]
+        parts = (item_id.rpartition("@v") for item_id in named)
         published = max((int(number) for stem, _, number in parts if stem == name and number.isdigit()), default=0)
         number: Any = redis.eval(_NEXT, 1, keys.index_versions(name), str(published))
         return int(number)
@@ -46,7 +48,8 @@ def versions(registry: Registry, name: str) -> list[IndexRecord]:
 
 
 def resolve(registry: Registry, reference: str) -> IndexRecord:
-    """``name`` → its newest version, an alias → what it points at now, ``name@v3`` → that one. Raises NotFound.
+    """``name`` → its newest version, an alias → what it points at now, ``name@v3`` → that one. Raises NotFound, and
+    Damaged where an alias points at what is gone.
 
     One round trip to Redis for a name or an alias, none for a version that was asked for before.
     """
@@ -54,12 +57,26 @@ def resolve(registry: Registry, reference: str) -> IndexRecord:
         return registry.get(INDEXES, reference, param="index")
     found = registry.pointed(reference)
     if found.alias is not None:
-        return registry.get(INDEXES, found.alias.index, param="index")
+        record = registry.find(INDEXES, found.alias.index)
+        if record is None:
+            raise _gone(found.alias)
+        return record
     if found.newest is not None:
         return registry.get(INDEXES, f"{reference}@v{found.newest}", param="index")
     known = ", ".join(registry.pointers.names()[:10]) or "none yet"
     raise NotFound(
         "index_not_found", f"There is no published index or alias {reference!r}. Known: {known}.", param="index"
+    )
+
+
+def _gone(alias: AliasRecord) -> Damaged:
+    file, repair = record_file(INDEXES, alias.index), f"whence indexes repair {alias.index}"
+    return Damaged(
+        "missing_file",
+        f"Alias {alias.name!r} points at {alias.index}, and {file} is missing. Point the alias at another version, "
+        f"or put the folder of this one back from a backup; `{repair}` writes the record alone again.",
+        param=file,
+        context={"file": file, "index": alias.index, "repair": repair},
     )
 
 

@@ -24,6 +24,8 @@ LANES = 64  # bytes that are multiplied at once: rows are padded to a multiple
 TILE = 4  # rows, and planes of queries, at a time
 PLANES = 2  # of a query: q ≈ 128 · high + low
 WIDEST = 1 << 16  # numbers of a row whose products fit in int32
+# Bytes that are fetched before they are needed: processors do not look beyond the page of 4 KiB that is read.
+_AHEAD = 8192
 OFFSET = 128  # rows are stored as unsigned bytes, so much above their numbers
 
 # (tiles, width / 64, 4, 64): the first 64 bytes of four rows, the next 64 of the same four, …; a scan reads one
@@ -76,13 +78,23 @@ def _tile(planes: int, *, one_instruction: bool) -> Any:
                 found.align = 1
                 return found
 
+            form = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            prefetch = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0i8")
+
+            def fetch(base: Any, at: Any) -> None:
+                """For reading, to keep, as data; beyond the end of memory it does nothing."""
+                address = builder.inttoptr(builder.add(base, at), _I8.as_pointer())
+                builder.call(prefetch, [address, _I32(0), _I32(3), _I32(1)])
+
             steps = builder.sdiv(width, ir.Constant(width.type, LANES))
             with cgutils.for_range(builder, steps) as loop:
                 at = builder.mul(loop.index, ir.Constant(width.type, LANES))
                 codes = []
                 for row in range(TILE):
                     place = builder.mul(at, ir.Constant(at.type, TILE))
-                    codes.append(load(rows, builder.add(place, ir.Constant(at.type, row * LANES))))
+                    place = builder.add(place, ir.Constant(at.type, row * LANES))
+                    codes.append(load(rows, place))
+                    fetch(rows, builder.add(place, ir.Constant(at.type, _AHEAD)))
                 for plane in range(planes):
                     place = builder.mul(width, ir.Constant(at.type, plane))
                     query = load(queries, builder.add(place, at))

@@ -134,7 +134,15 @@ class Jobs:
     def latest(self, key: str) -> JobRecord | None:
         """The last job that ``submit_once`` was given for ``key``."""
         job_id: Any = self._redis.get(keys.latest_job_for(key))
-        return self.find(job_id) if job_id else None
+        return self._known(job_id) if job_id else None
+
+    def _known(self, job_id: str) -> JobRecord | None:
+        """The job, unless its record cannot be read: then another one is needed."""
+        try:
+            return self.find(job_id)
+        except Damaged as error:
+            log.error("%s (%s)", error, error.__cause__)
+            return None
 
     def find(self, job_id: str) -> JobRecord | None:
         if not _ID.fullmatch(job_id):
@@ -156,7 +164,7 @@ class Jobs:
             try:
                 job = self.find(job_id)
             except Damaged as error:
-                log.error("%s", error)
+                log.error("left out: %s (%s)", error, error.__cause__)
                 continue
             if job is None:
                 self._redis.zrem(keys.JOBS, job_id)
@@ -348,4 +356,5 @@ def _from_hash(raw: Mapping[str, str]) -> JobRecord:
         plain = {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in raw.items()}
         return codec.from_plain(JobRecord, plain)
     except ValueError as error:  # pydantic's ValidationError is one
-        raise Damaged("damaged_record", f"The record of job {raw.get('id')!r} cannot be read: {error}") from error
+        detail = f"The record of job {raw.get('id')!r} cannot be read: it is not what was written. Submit it again."
+        raise Damaged("damaged_record", detail) from error

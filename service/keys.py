@@ -33,7 +33,7 @@ def job_events(job_id: str) -> str:
 
 
 def records(collection: str) -> str:
-    """Hash id → record (JSON) of models, datasets, concepts or indexes. No TTL: a copy of storage."""
+    """Hash id → record (JSON) of models, datasets, concepts, SAEs or indexes. No TTL: a copy of storage."""
     return f"{PREFIX}{collection}"
 
 

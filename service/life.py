@@ -54,7 +54,7 @@ def plan_delete(
         if not _EXAMPLE_ID.fullmatch(item):
             detail = f"{item[:80]!r} is no example id: those are 64 hexadecimal digits, as hits name them."
             raise Invalid("bad_example_id", detail, param=f"ids[{number}]")
-    return DeleteExamplesSpec(reference, tombstones.store(storage, ids))
+    return DeleteExamplesSpec(reference, tombstones.store(storage, ids, asked=True))
 
 
 def chosen(source: IndexRecord, filter: Mapping[str, Any], registry: Registry, storage: Storage) -> list[str]:

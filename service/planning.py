@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from redis import Redis
 
-from service import aliases, indexes
+from service import aliases, concepts, indexes
 from service.contracts import Checkpoint, ModelRecord, Point
 from service.errors import Conflict, Invalid
 from service.models import end_point, end_tokens
@@ -206,7 +206,7 @@ def _influence(
         raise Invalid("needs_eigen", detail, param="projection")
     at_layer: Counter[int] = Counter()
     for name in dict.fromkeys(request.directions):
-        concept = registry.get(CONCEPTS, name, param="directions")
+        concept = concepts.get(registry, name, param="directions")
         if concept.lineage != model.lineage or concept.width != model.width:
             detail = f"Concept {name!r} belongs to another model: {concept.model!r}."
             raise Invalid("concept_of_other_lineage", detail, param="directions")

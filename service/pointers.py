@@ -14,7 +14,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import LockError
 
-from service import codec, keys
+from service import codec, keys, results
 from service.contracts import AliasRecord
 from service.errors import Damaged, NotFound, Unavailable
 from service.storage import Storage
@@ -73,7 +73,8 @@ class Pointers:
         pipe.hget(keys.ALIASES, name)
         pipe.hget(keys.NEWEST, name)
         filled, alias, newest = pipe.execute()
-        return Pointed(self._decode(name, alias), int(newest) if newest else None, bool(filled))
+        known = int(newest) if newest and newest.isdecimal() else None  # else storage is asked, and it is set again
+        return Pointed(self._decode(name, alias), known, bool(filled))
 
     def aliases(self) -> tuple[list[AliasRecord], bool]:
         """Every alias as Redis has it, by name, and whether it holds all of them."""
@@ -101,18 +102,14 @@ class Pointers:
 
     def stored(self, name: str) -> AliasRecord | None:
         """As storage has it, one that was removed as well. Raises Damaged."""
+        return parsed(name, self.text(name))
+
+    def text(self, name: str) -> bytes | None:
+        """The alias's file as it lies in storage, damaged or not; None: there is none."""
         try:
-            data = self._storage.read(_key(name))
+            return self._storage.read(_key(name))
         except NotFound:
             return None
-        try:
-            return codec.decode(AliasRecord, data)
-        except ValueError as error:
-            raise Damaged(
-                "damaged_record",
-                f"{_key(name)} cannot be read: {error} Remove the file, then set the alias again.",
-                param=name,
-            ) from error
 
     def known_names(self) -> list[str]:
         """Of all that storage or Redis holds an alias of."""
@@ -149,8 +146,9 @@ class Pointers:
             with contextlib.suppress(LockError):  # lost on the way: who has it now looks at storage first
                 lock.release()
 
-    def replace(self, token: bytes, seen: AliasRecord | None, record: AliasRecord) -> bool:
-        """Make ``record`` what the alias is; False, and nothing is done, when it is not ``seen`` or not ours now.
+    def replace(self, token: bytes, seen: bytes | None, record: AliasRecord) -> bool:
+        """Make ``record`` what the alias is; False, and nothing is done, when it is not ours now, or its file does
+        not hold the bytes ``seen`` any more.
 
         ``token`` is that of ``held``. A holder that was paused for longer than a lock lives finds out here.
         """
@@ -158,9 +156,9 @@ class Pointers:
         if not self._open(keys=[keys.lock(f"name:{record.name}"), keys.ALIASES], args=arguments):
             return False
         try:
-            if self.stored(record.name) != seen:
+            if self.text(record.name) != seen:
                 return False
-            self._storage.write(_key(record.name), codec.encode(record).encode())
+            self._storage.write(_key(record.name), results.sealed(record))
         finally:  # also when writing failed: nobody knows better than storage what came of it
             ours, _ = self._copy(token, record.name)
         if not ours:  # Redis was flushed meanwhile, and may have been filled again from the old file
@@ -188,16 +186,30 @@ class Pointers:
     def _copy(self, token: bytes, name: str) -> tuple[bool, AliasRecord | None]:
         """Tell Redis what storage holds; whether the lock was still ours, and what it is."""
         alias = _living(self.stored(name))
-        arguments = [token, name, codec.encode(alias) if alias else ""]
+        arguments = [token, name, results.sealed(alias) if alias else ""]
         return bool(self._close(keys=[keys.lock(f"name:{name}"), keys.ALIASES], args=arguments)), alias
 
     def _decode(self, name: str, cached: str | None) -> AliasRecord | None:
         if cached is None:
             return None
         try:
-            return codec.decode(AliasRecord, cached)
-        except ValueError:  # empty, or not readable
+            return codec.unseal(AliasRecord, cached)
+        except ValueError:  # empty, or not as it was written
             return _living(self.stored(name))
+
+
+def parsed(name: str, text: bytes | None) -> AliasRecord | None:
+    """The alias in a file. Raises Damaged for what is not as it was written, or the file of another alias."""
+    if text is None:
+        return None
+    try:
+        alias = codec.unseal(AliasRecord, text)
+        if alias.name != name:
+            raise ValueError(f"it is the file of alias {alias.name!r}")
+    except ValueError as error:
+        detail = f"{_key(name)} is not what was written: {str(error)[:300]}."
+        raise Damaged("damaged_record", detail, param=_key(name)) from error
+    return alias
 
 
 def _living(alias: AliasRecord | None) -> AliasRecord | None:

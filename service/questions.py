@@ -10,7 +10,7 @@ from service.contracts import ConceptRecord, IndexRecord
 from service.errors import Invalid
 from service.filters import Filter
 from service.matching import DIRECT, Asked
-from service.registry import CONCEPTS, DATASETS, MODELS, Registry
+from service.registry import DATASETS, MODELS, Registry
 from service.rows import F32
 from service.storage import sha256_bytes
 from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
@@ -99,7 +99,7 @@ def _direction(
     found: list[tuple[ConceptRecord, F32]] = []
     for number, one in enumerate(wanted):
         param = "concept" if query.concepts is None else f"concepts[{number}]"
-        record = registry.get(CONCEPTS, one.id, param=param)
+        record = concepts.get(registry, one.id, param=param, pooling=pooling_of(index, query.method))
         concepts.check_fits(record, index, width, kind, param=param)
         found.append((record, direction(record)))
     if query.concepts is None:
@@ -157,7 +157,7 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
         model_fingerprint=index.model_fingerprint,
         lineage=index.lineage,
         layer=query.layer,
-        pooling=query.pooling or _pooling(index, query.method),
+        pooling=query.pooling or pooling_of(index, query.method),
         width=width,
         method=INLINE,
         norm=norm,
@@ -173,7 +173,7 @@ def _inline(values: tuple[float, ...], query: Query, index: IndexRecord, width: 
     return record, unit
 
 
-def _pooling(index: IndexRecord, method: Method) -> Pooling:
+def pooling_of(index: IndexRecord, method: Method) -> Pooling:
     """That of what will be compared with: embeddings may be pooled otherwise than activations."""
     pooled = {array.embedding.pooling for array in index.arrays if array.embedding}
     if method == Method.CONCEPT_INFLUENCE and len(pooled) == 1:

@@ -5,6 +5,7 @@ Storage is the truth. Redis answers lists and look-ups quickly; when it has forg
 those that were asked for once are kept in this process; what a name stands for is asked afresh every time.
 """
 
+import contextlib
 import logging
 import re
 import secrets
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from redis import Redis
+from redis.exceptions import LockError
 
 from service import codec, keys, results
 from service.contracts import AliasRecord, ConceptRecord, DatasetRecord, IndexRecord, ModelRecord, Rebuilt
 from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
 from service.pointers import Pointed, Pointers
+from service.sae_records import SaeRecord
 from service.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,9 @@ class Collection(Generic[T]):
 MODELS = Collection("models", "model", ModelRecord)
 DATASETS = Collection("datasets", "dataset", DatasetRecord)
 CONCEPTS = Collection("concepts", "concept", ConceptRecord)
+SAES = Collection("saes", "sae", SaeRecord)
 INDEXES = Collection("indexes", "index", IndexRecord)
-ALL: tuple[Collection[Any], ...] = (MODELS, DATASETS, CONCEPTS, INDEXES)
+ALL: tuple[Collection[Any], ...] = (MODELS, DATASETS, CONCEPTS, SAES, INDEXES)
 
 
 def check_id(value: str, *, param: str) -> str:
@@ -81,11 +85,16 @@ class Registry:
         self._keeping = threading.Lock()
         self._filling = threading.Lock()
 
+    @property
+    def storage(self) -> Storage:
+        """What the records are the entries of."""
+        return self._storage
+
     def add(self, collection: Collection[T], item_id: str, record: T) -> None:
         """Publish a new record. Raises Conflict when the id is taken; records are never replaced."""
         if not _RECORD_ID.fullmatch(item_id):
             raise Invalid("bad_id", f"{item_id[:140]!r} is no valid id.", param="id")
-        with self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S):
+        with self._alone_with(collection, item_id):
             if self.find(collection, item_id) is not None:
                 raise Conflict(
                     f"{collection.noun}_exists",
@@ -96,7 +105,7 @@ class Registry:
 
     def restore(self, collection: Collection[T], item_id: str, record: T) -> None:
         """Put a record back whose file is missing or damaged. Raises Conflict when storage holds another one."""
-        with self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S):
+        with self._alone_with(collection, item_id):
             held = results.intact(self._storage, record_file(collection, item_id), collection.record)
             if held is not None and held != record:
                 detail = f"The record of {collection.noun} {item_id!r} is intact, and another one."
@@ -112,6 +121,17 @@ class Registry:
         """The copy in Redis or in this process, whatever storage holds: a damaged file can be put back from it."""
         cached: Any = self._redis.hget(keys.records(collection.name), item_id)
         return (_decode(collection, cached) if cached else None) or self._kept.get((collection.name, item_id))
+
+    @contextlib.contextmanager
+    def _alone_with(self, collection: Collection[Any], item_id: str) -> Iterator[None]:
+        """Only one at a time decides what an id is."""
+        lock = self._redis.lock(keys.lock(f"{collection.name}:{item_id}"), timeout=keys.LOCK_TTL_S)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(LockError):  # it ran out while storage was slow, which is no error of its own
+                lock.release()
 
     def _write(self, collection: Collection[T], item_id: str, record: T) -> None:
         data = results.sealed(record)
@@ -306,6 +326,8 @@ class Registry:
             return None
         except Damaged as error:
             raise Damaged("damaged_record", error.detail, param=file, context=error.context) from error
+        if (held := cast("Any", record).id) != item_id:
+            raise Damaged("damaged_record", f"{file} is the record of {held!r}.", param=file)
         return record, results.sealed(record)
 
     def _tell(self, collection: Collection[Any], item_id: str, text: str | bytes, *, make: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, indexes
+from service import artifacts, codec, damage, indexes
 from service.contracts import ArrayInfo, ConceptRecord, Example, IndexRecord, JobRecord
 from service.errors import Invalid
 from service.jobs import Jobs
@@ -82,6 +82,7 @@ class RerankService:
         self._queries = queries
         self._settings = settings
 
+    @damage.told
     def run(self, query: Query, candidates: int) -> Reranked | JobRecord:
         """The first ``candidates`` of the query's ranking by exact score, cut to its k; or the job that must run
         first: the query's own, then the one that scores. Raises as ``QueryService.run``, and Invalid where nothing
@@ -90,12 +91,13 @@ class RerankService:
         if candidates > self._settings.max_k:
             detail = f"candidates may be {self._settings.max_k} at most."
             raise Invalid("candidates_too_large", detail, param="candidates")
-        self._check(query)
-        prepared = self._queries.prepare(replace(query, k=candidates))
+        index = indexes.resolve(self._registry, query.index)
+        self._check(query, index)
+        wide = replace(query, k=candidates, index=index.id)  # of that version, whatever is published meanwhile
+        prepared = self._queries.prepare(wide)
         if isinstance(prepared, JobRecord):
             return prepared
-        # Of that version, whatever is published meanwhile.
-        answer = self._queries.run(replace(query, k=candidates, index=prepared.index.id))
+        answer = self._queries.run(wide)
         if isinstance(answer, JobRecord):
             return answer
         if not answer.hits:  # a filter that keeps nothing
@@ -109,14 +111,13 @@ class RerankService:
         reasons: dict[str, str] = json.loads(held["reasons"].tobytes())
         return _compared(query, answer, exact, reasons, float(stored.facts["seconds"]))
 
-    def _check(self, query: Query) -> None:
+    def _check(self, query: Query, index: IndexRecord) -> None:
         if query.method in DIRECT:
             detail = (
                 f"{query.method} leaves nothing out that a model could add: its scores are exact but for rounding. "
                 "Re-rank concept_influence or influence_function."
             )
             raise Invalid("nothing_to_rerank", detail, param="method")
-        index = indexes.resolve(self._registry, query.index)
         gradient = self._loader.manifest(index).spec.gradient
         if gradient is not None and not isinstance(gradient.projection, Eigen):
             detail = (

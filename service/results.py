@@ -91,17 +91,26 @@ def intact(storage: Storage, key: str, kind: type[T], *, sha256: str | None = No
 # --- results ------------------------------------------------------------------------------------------
 
 
-def publish(storage: Storage, folder: str, name: str, manifest: M, files: Mapping[str, bytes], *, named: bool) -> M:
+def publish(
+    storage: Storage,
+    folder: str,
+    name: str,
+    manifest: M,
+    files: Mapping[str, bytes],
+    *,
+    named: bool,
+    by_content: bool = False,
+) -> M:
     """Store the files and then the manifest; what stands there afterwards.
 
-    ``named``: whoever refers to this result does so by the hash of its manifest, and notices another one. Of
-    others a damaged one is replaced by its like alone. Raises Damaged (``cannot_repair_exactly``) before anything
-    is written.
+    ``named``: whoever refers to this result does so by the hash of its manifest, and notices another one.
+    ``by_content``: the folder is named by the hash of what is in it, so that nothing else can be published there.
+    Of others a damaged one is replaced by its like alone. Raises Damaged (``cannot_repair_exactly``) before
+    anything is written.
     """
     mark = _mark(storage, folder)
-    held = (
-        _replaced(storage, folder, name, manifest, mark) if _guarded(storage, folder, name, mark, named) else None
-    )
+    guarded = not by_content and _guarded(storage, folder, name, mark, named)
+    held = _replaced(storage, folder, name, manifest, mark) if guarded else None
     if held is None:
         storage.publish(folder, files, (name, sealed(manifest)))
     else:

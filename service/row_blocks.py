@@ -4,6 +4,7 @@ and keeps none.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,10 @@ class RowBlocks:
         return sum(reference.rows for reference in own.shards)
 
     def __iter__(self) -> Iterator[F32]:
+        return (rows for _, rows in self.with_ids())
+
+    def with_ids(self) -> Iterator[tuple[tuple[str, ...], F32]]:
+        """Every block with the ids of its rows."""
         sections = self.manifest.sections
         own = next(number for number, section in enumerate(sections) if self.array in section.arrays)
         gone = (
@@ -65,7 +70,11 @@ class RowBlocks:
                 held = [shards.read_manifest(self.storage, ref.key, sha256=ref.sha256) for ref in others]
                 self._keep(number, mine, held, gone)
             rows = shards.read_rows(self.storage, mine, self.array)
-            yield rows if number not in self._kept else rows[self._kept[number]]
+            if number not in self._kept:
+                yield mine.ids, rows
+                continue
+            kept = self._kept[number]
+            yield tuple(compress(mine.ids, kept)), rows[kept]
 
     def _keep(self, number: int, mine: ShardManifest, others: list[ShardManifest], gone: frozenset[str]) -> None:
         held = [set(other.ids) for other in others if other.ids != mine.ids]

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from service import codec, example_ids, results
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
-from service.errors import Damaged, NotFound
+from service.errors import Damaged
 from service.example_ids import Ids
 from service.rows import F16, F32, I16, dequantise, from_npy, pack, quantise, to_npy, unpack
-from service.storage import Storage, sha256_bytes
+from service.storage import Storage, on_disk, sha256_bytes
 from service.tasks import ShardArray, ShardManifest, ShardRef, Task, identity
 from service.work import DifferenceSpec, Location, PassSpec, ShardWork
 
@@ -206,18 +206,15 @@ def read_into(storage: Storage, manifest: ShardManifest, info: ArrayInfo, out: F
 def _stream(path: Path, out: F16, name: str, manifest: ShardManifest) -> None:
     """An .npy file into ``out``, checked against its sha256 on the way; nothing of it is parsed before that."""
     key = f"{folder(manifest.key)}/{name}"
-    try:
-        with path.open("rb", buffering=0) as file:
-            head = file.read(len(expected := _header(out.shape)))
-            hasher = hashlib.sha256(head)
-            left = memoryview(cast(Any, out.reshape(-1).view(np.uint8)))
-            while left and (count := file.readinto(left[:_PIECE])):
-                hasher.update(left[:count])
-                left = left[count:]
-            while rest := file.read(_PIECE):
-                hasher.update(rest)
-    except FileNotFoundError as error:
-        raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
+    with on_disk(key), path.open("rb", buffering=0) as file:
+        head = file.read(len(expected := _header(out.shape)))
+        hasher = hashlib.sha256(head)
+        left = memoryview(cast(Any, out.reshape(-1).view(np.uint8)))
+        while left and (count := file.readinto(left[:_PIECE])):
+            hasher.update(left[:count])
+            left = left[count:]
+        while rest := file.read(_PIECE):
+            hasher.update(rest)
     if hasher.hexdigest() != manifest.files[name]:
         detail = f"{key} is not what its manifest says (sha256 differs). Rebuild it."
         raise Damaged("damaged_file", detail, param=key)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling
 from service.validation_spec import ValidateSpec
@@ -223,6 +224,8 @@ JobSpec = (
     | ClustersSpec
     | RerankSpec
     | ValidateSpec
+    | TrainSaeSpec
+    | EncodeFeaturesSpec
 )
 
 

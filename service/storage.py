@@ -6,6 +6,7 @@ that starts from a manifest never sees half of anything.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import uuid
@@ -14,8 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from service import object_store
-from service.errors import Damaged, Forbidden, Invalid, NotFound
+from service.errors import Damaged, Forbidden, Invalid, NotFound, Unavailable
 from service.local_cache import CacheAt, FileCache
+
+# What a disk says of a file that it has and cannot give back: a sector, a checksum or the folder's entry is bad.
+_ROTTEN = {errno.EIO, errno.EBADMSG, errno.ELOOP, getattr(errno, "EUCLEAN", errno.EIO)}  # the last: Linux alone
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -28,11 +33,34 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def on_disk(key: str, *, writing: bool = False) -> Iterator[None]:
+    """What a local disk says of the file of ``key``, as an error of ours: NotFound, Damaged or Unavailable;
+    where it is being written, the last alone.
+    """
+    try:
+        yield
+    except OSError as error:
+        said, verb = error.strerror or str(error), "write" if writing else "read"
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and not writing:
+            raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
+        if error.errno in _ROTTEN and not writing:
+            detail = f"The disk has {key} and cannot give it back ({said})."
+            raise Damaged("damaged_file", detail, param=key) from error
+        full = error.errno in _FULL
+        todo = "Make room" if full else "Check that the disk is there and that this process may read and write it"
+        raise Unavailable(
+            "storage_full" if full else "storage_unavailable",
+            f"Storage cannot {verb} {key} ({said}). {todo}; the same call works again then.",
+            param=key,
+        ) from error
+
+
 class Storage:
     """Keys are relative POSIX paths; ``root`` is a folder or an fsspec URL such as s3://bucket/prefix.
 
-    Safe in many threads, and in a forked child. Raises Unavailable when a remote root does not answer, with
-    what to set; ``cache`` keeps what was read from a remote root by its hash, and is nothing to a folder.
+    Safe in many threads, and in a forked child. Raises Unavailable when the disk or a remote root does not answer,
+    with what to do; ``cache`` keeps what was read from a remote root by its hash, and is nothing to a folder.
     """
 
     def __init__(self, root: str, *, cache: CacheAt | None = None) -> None:
@@ -42,7 +70,8 @@ class Storage:
         wanted = cache is not None and cache.max_bytes > 0 and not self._local
         self._cache = FileCache(cache.folder, cache.max_bytes) if cache is not None and wanted else None
         if self._local:
-            Path(self._base).mkdir(parents=True, exist_ok=True)
+            with on_disk(root, writing=True):
+                Path(self._base).mkdir(parents=True, exist_ok=True)
 
     def local_path(self, key: str) -> Path | None:
         """Where the file of ``key`` lies on this machine, be it there or not; None on a remote root."""
@@ -51,7 +80,8 @@ class Storage:
     def exists(self, key: str) -> bool:
         path = self._path(key)
         if self._local:
-            return Path(path).exists()
+            with on_disk(key):
+                return Path(path).exists()
         try:
             with self._remote(key) as fs:
                 fs.info(path)
@@ -62,12 +92,10 @@ class Storage:
     def size(self, key: str) -> int | None:
         """Bytes of a file; None when there is none."""
         path = self._path(key)
-        if self._local:
-            try:
-                return Path(path).stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                return None
         try:
+            if self._local:
+                with on_disk(key):
+                    return Path(path).stat().st_size
             with self._remote(key) as fs:
                 return int(fs.info(path)["size"])
         except NotFound:
@@ -104,10 +132,8 @@ class Storage:
             self._cache.put(sha256, data)
 
     def _read_local(self, key: str, path: str) -> bytes:
-        try:
+        with on_disk(key):
             return Path(path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise NotFound("file_not_found", f"Storage has no {key}.", param=key) from error
 
     def _read_remote(self, key: str, path: str) -> bytes:
         with self._remote(key) as fs:
@@ -120,25 +146,16 @@ class Storage:
             with self._remote(key) as fs:
                 fs.pipe_file(path, data)
             return sha256_bytes(data)
-        target = Path(path)
-        _make_folder(target.parent)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(target.parent)
+        with on_disk(key, writing=True):
+            _write_local(Path(path), data)
         return sha256_bytes(data)
 
     def remove(self, key: str) -> None:
         """Delete a file; one that is not there is no error."""
         path = self._path(key)
         if self._local:
-            Path(path).unlink(missing_ok=True)
+            with on_disk(key, writing=True):
+                Path(path).unlink(missing_ok=True)
             return
         with contextlib.suppress(NotFound), self._remote(key) as fs:
             fs.rm_file(path)
@@ -160,13 +177,10 @@ class Storage:
     def _entries(self, key: str) -> list[tuple[str, str]]:
         """(name, type) of what lies directly below ``key``."""
         path = self._path(key)
-        if self._local:
-            try:
-                with os.scandir(path) as entries:
-                    return [(entry.name, "directory" if entry.is_dir() else "file") for entry in entries]
-            except (FileNotFoundError, NotADirectoryError):
-                return []
         try:
+            if self._local:
+                with on_disk(key), os.scandir(path) as entries:
+                    return [(entry.name, "directory" if entry.is_dir() else "file") for entry in entries]
             with self._remote(key) as fs:
                 listed = fs.ls(path, detail=True, refresh=True)
         except NotFound:
@@ -207,6 +221,21 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _write_local(target: Path, data: bytes) -> None:
+    """The file is whole or as it was, also when the machine loses power at any point."""
+    _make_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(target.parent)
 
 
 def _make_folder(folder: Path) -> None:

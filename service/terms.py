@@ -116,6 +116,8 @@ class JobKind(StrEnum):
     CLUSTERS = "clusters"
     RERANK = "rerank"
     VALIDATE = "validate"
+    TRAIN_SAE = "train_sae"
+    ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105
 

@@ -125,7 +125,7 @@ class _Walk:
             self._concepts(record)
         if manifest is not None:
             self._datasets(manifest)
-            self._results(manifest)
+            self._results(manifest, believed=record is not None)
         read = self._hash()
         found = sorted(self._damage.values(), key=lambda each: each.file)
         return Report(index_id, len(self._sealed | self._files.keys()), read, tuple(found))
@@ -180,8 +180,12 @@ class _Walk:
 
     # --- shards and artifacts, until nothing new is referred to ---------------------------------------
 
-    def _results(self, manifest: IndexManifest) -> None:
-        pinned = [_Ref(SHARD, ref.key, ref.sha256) for section in manifest.sections for ref in section.shards]
+    def _results(self, manifest: IndexManifest, *, believed: bool) -> None:
+        """``believed``: a record vouches for the manifest. What one says that may be damaged itself makes no shard
+        damaged that agrees with its own seal.
+        """
+        refs = [ref for section in manifest.sections for ref in section.shards]
+        pinned = [_Ref(SHARD, ref.key, ref.sha256 if believed else None) for ref in refs]
         waiting = [*pinned, *_named_by(manifest)]
         seen: set[tuple[str, str]] = set()
         while waiting:
@@ -249,6 +253,8 @@ class _Walk:
             data = self._storage.read(file.name)
         except NotFound:
             return file, MISSING
+        except Damaged:  # the disk has it and cannot give it back
+            return file, UNREADABLE
         return file, None if sha256_bytes(data) == file.sha256 else CHANGED
 
     def _map(self, stage: str, work: Callable[[A], B], items: Sequence[A], unit: str) -> list[B]:

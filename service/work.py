@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from service.contracts import ArrayInfo
+from service.sae_records import TrainSaeWork
 from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, Lora, LossReduction, Pooling
 
 FORMAT = 5  # of shards and artifacts; a change that alters their bytes raises it
@@ -366,6 +367,7 @@ ArtifactWork = (
     | LossRowsWork
     | BasisWork
     | HeadWork
+    | TrainSaeWork
     | GatherWork
 )
 ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec | CompactSpec

@@ -390,21 +390,105 @@ def test_a_disk_that_is_full_leaves_the_alias_as_it_was(redis_server: EmbeddedRe
     writer.redis.close()
 
 
-@pytest.mark.parametrize("data", [b"", b"{oops", b"{}", b"\xff"])
+def another(text: bytes) -> bytes:
+    """What a flipped bit makes of it: sound JSON, and another version."""
+    return text.replace(b"a@v1", b"a@v3")
+
+
+def test_every_flip_and_every_cut_of_an_alias_is_noticed(world: World, redis: Redis) -> None:
+    world.switch("prod", "a@v1")
+    intact = world.storage.read(FILE)
+    damaged = [intact[:place] for place in range(len(intact))]
+    damaged += [intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :] for place in range(len(intact))]
+    for data in damaged:
+        Path(world.storage.root, FILE).write_bytes(data)
+        redis.hset(keys.ALIASES, "prod", data)  # of either copy
+        with pytest.raises(Damaged):
+            world.of("prod")
+    world.storage.write(FILE, intact)
+    assert world.of("prod") == "a@v1"
+
+
+def test_an_alias_of_a_version_that_is_gone_says_so(world: World, redis: Redis) -> None:
+    world.switch("prod", "b@v1")
+    shutil.rmtree(Path(world.storage.root, "indexes/b@v1"))
+    redis.flushall()
+    world.registry.rebuild()
+    with pytest.raises(Damaged, match="'prod' points at b@v1, and indexes/b@v1/record.json is missing") as told:
+        world.of("prod")
+    assert told.value.code == "missing_file"
+    world.switch("prod", "a@v1", WHATEVER)
+    assert world.of("prod") == "a@v1"
+
+
+def test_the_file_of_another_alias_is_not_believed(world: World, redis: Redis) -> None:
+    world.switch("prod", "a@v1")
+    world.switch("next", "a@v2")
+    world.storage.write(FILE, world.storage.read("aliases/next/record.json"))
+    redis.flushall()
+    with pytest.raises(Damaged, match="it is the file of alias 'next'"):
+        world.of("prod")
+
+
+def test_who_forces_a_damaged_alias_makes_it_anew_and_no_old_etag_fits(world: World, other: World) -> None:
+    world.switch("prod", "a@v1")
+    world.storage.write(FILE, b"{oops")
+    for condition in (Condition(), known(1), Condition(absent=True)):
+        with pytest.raises(Damaged):
+            other.switch("prod", "a@v3", condition)
+        with pytest.raises(Damaged):
+            aliases.remove(other.registry, "prod", condition)
+    made = world.switch("prod", "a@v2", WHATEVER)
+    assert (made.previous, other.of("prod")) == (None, "a@v2")
+    with pytest.raises(PreconditionFailed):
+        other.switch("prod", "a@v1", known(1, 2, 3))
+    world.storage.write(FILE, b"{oops")
+    aliases.remove(other.registry, "prod", WHATEVER)
+    with pytest.raises(NotFound):
+        world.of("prod")
+    assert world.switch("prod", "a@v3").revision > made.revision
+
+
+def test_a_damaged_file_of_a_removed_alias_gives_no_alias_the_name_of_an_index(world: World) -> None:
+    world.switch("taken", "a@v1")
+    aliases.remove(world.registry, "taken", WHATEVER)
+    shelf.add(world.registry, "taken@v1")
+    world.storage.write("aliases/taken/record.json", b"{oops")
+    for _ in range(2):
+        with pytest.raises(Conflict, match="name of an index"):
+            world.switch("taken", "a@v1", WHATEVER)
+        world.redis.flushall()
+    aliases.remove(world.registry, "taken", WHATEVER)
+    assert indexes.next_version(world.redis, world.registry, "taken") == 2
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"{oops", lambda _: b"{}", lambda _: b"\xff", another])
 def test_a_damaged_alias_is_named_and_neither_guessed_nor_in_the_way_of_others(
-    world: World, other: World, redis: Redis, data: bytes
+    world: World, other: World, redis: Redis, damage: Callable[[bytes], bytes]
 ) -> None:
     world.switch("prod", "a@v1")
     world.switch("next", "a@v2")
-    world.storage.write(FILE, data)
+    world.storage.write(FILE, damage(world.storage.read(FILE)))
     redis.flushall()
     assert world.registry.rebuild().damaged == ("aliases/prod",)
     for asked in (
         lambda: other.of("prod"),
-        lambda: other.switch("prod", "a@v3", WHATEVER),
+        lambda: other.switch("prod", "a@v3", known(1)),
         lambda: indexes.next_version(other.redis, other.registry, "prod"),
     ):
         with pytest.raises(Damaged, match=r"aliases/prod/record\.json"):
             asked()
     assert [alias.name for alias in other.registry.aliases()] == ["next"]
     assert other.of("next") == "a@v2"
+
+
+def test_an_alias_of_a_version_that_is_lost_says_so_and_never_comes_to_mean_another(world: World) -> None:
+    world.switch("prod", "a@v3")
+    shutil.rmtree(Path(world.storage.root) / "indexes/a@v3")
+    world.redis.flushall()
+    world.registry.rebuild()
+    with pytest.raises(Damaged, match="'prod' points at a@v3") as told:
+        world.of("prod")
+    assert (told.value.code, told.value.param) == ("missing_file", "indexes/a@v3/record.json")
+    assert world.of("a") == "a@v2"
+    assert indexes.next_version(world.redis, world.registry, "a") == 4

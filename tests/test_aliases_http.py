@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from api import cli, etags
 from api.client import Client, WhenceError
+from api.transport import checked
 from service import codec
 from service.aliases import Condition
 from service.contracts import AliasRecord
@@ -194,6 +196,7 @@ def test_after_a_flush_a_rebuild_brings_everything_back_and_counts_it(
         "models": 1,
         "datasets": 1,
         "concepts": 1,
+        "saes": 0,
         "indexes": 4,
         "newest": 2,
         "aliases": 1,
@@ -234,3 +237,86 @@ def test_the_command_line_rebuilds_and_fails_on_damage(url: str, redis: Redis, s
     assert "indexes 4, newest 2, aliases 0" in " ".join(run(url, "registry", "rebuild").split())
     storage.write("models/m/record.json", b"{")
     assert "damaged: models/m/record.json" in run(url, "registry", "rebuild", status=1)
+
+
+def test_a_damaged_alias_is_told_with_the_command_that_mends_it(
+    url: str, http: httpx.Client, storage: Storage, redis: Redis
+) -> None:
+    run(url, "aliases", "set", "prod", "a@v1")
+    storage.write("aliases/prod/record.json", storage.read("aliases/prod/record.json").replace(b"a@v1", b"a@v2"))
+    redis.flushall()
+    query = {"index": "prod", "concept": "c"}
+    asked = [
+        http.post("/v1/queries", json=query),
+        http.get(PROD),
+        put(http, "a@v3"),
+        *(http.request(method, f"/v1/indexes/prod{path}") for method, path in [("GET", ""), ("POST", "/verify")]),
+        http.post("/v1/indexes/prod/repair"),
+    ]
+    for problem in asked:
+        assert problem.status_code == 503, problem.text
+        told = problem.json()
+        assert (told["code"], told["file"]) == ("damaged_record", "aliases/prod/record.json")
+        assert told["repair"] == "whence aliases set prod INDEX --force"
+        assert told["detail"].startswith("aliases/prod/record.json is damaged: it is not what was written. Set it")
+        assert "retry-after" not in problem.headers
+    assert "alias prod: a@v3" in run(url, "aliases", "set", "prod", "a@v3", "--force")
+    assert http.get("/v1/indexes/prod").json()["version"] == 3
+
+
+def test_a_method_that_a_path_does_not_have_is_told_with_those_it_has(http: httpx.Client) -> None:
+    refused = http.post(PROD, json={})
+    assert (refused.status_code, refused.json()["code"]) == (405, "method_not_allowed")
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert set(refused.headers["allow"].replace(" ", "").split(",")) <= {"PUT", "GET", "DELETE", "HEAD"}
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'"no"', b"null", b"\xff"])
+def test_the_page_of_a_proxy_is_an_error_of_the_client_as_well(body: bytes) -> None:
+    answer = httpx.Response(502, content=body, request=httpx.Request("GET", "http://proxy/v1/jobs"))
+    with pytest.raises(WhenceError, match="http://proxy/v1/jobs answered 502") as told:
+        checked(answer)
+    assert (told.value.status, told.value.code) == (502, "not_whence")
+
+
+@pytest.mark.parametrize(("sent", "told"), [("\\ud800", r"\ud800"), ("x" * 60_000, "x" * 100)])
+def test_what_is_told_again_can_be_sent_and_is_short(
+    http: httpx.Client, registry: Registry, storage: Storage, sent: str, told: str
+) -> None:
+    shelf.publisher(registry, storage, "whole")(1)
+    bodies = {
+        "/v1/queries": f'{{"index": "{sent}", "concept": "c"}}',
+        "/v1/queries/groups": f'{{"index": "whole", "concept": "c", "group_by": "{sent}"}}',
+        "/v1/compare": f'{{"{sent}": 1}}',
+        "/v1/concepts:derive": f'{{"id": "x", "terms": [{{"concept": "{sent}", "weight": 1}}]}}',
+    }
+    for path, body in bodies.items():
+        refused = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert refused.status_code in {404, 422}, (path, refused.text)
+        assert len(refused.content) < 10_000
+    assert told in json.dumps(refused.json()).replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/indexes/whole/append", {"dataset": "d"}),
+        ("POST", "/v1/indexes/whole/delete", {"ids": ["0" * 64]}),
+        ("POST", "/v1/indexes/whole/compact", {}),
+        ("GET", "/v1/indexes/whole/quarantine", None),
+        ("POST", "/v1/queries", {"index": "whole", "concept": "c"}),
+        ("GET", "/v1/datasets/d/quarantine", None),
+        ("GET", "/v1/concepts/c/safetensors", None),
+    ],
+)
+def test_a_file_that_is_missing_is_no_404(
+    http: httpx.Client, registry: Registry, storage: Storage, method: str, path: str, body: object
+) -> None:
+    shelf.publisher(registry, storage, "whole")(1)
+    (storage.local_path("indexes/whole@v1/manifest.json") or Path()).unlink()
+    for folder in ("datasets/d", "concepts/c"):
+        for name in set(storage.files(folder)) - {"record.json"}:
+            storage.remove(f"{folder}/{name}")
+    problem = http.request(method, path, json=body)
+    assert (problem.status_code, problem.json()["code"]) == (503, "missing_file")
+    assert problem.json()["file"].startswith(("indexes/whole@v1/manifest", "datasets/d/", "concepts/c/"))

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from redis import Redis
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from api.client import Client
+from api.client import Client, WhenceError
 from api.main import create_app
 from service import concepts
 from service.contracts import ConceptRecord, ModelRecord
@@ -230,6 +230,29 @@ def test_a_file_too_large_for_a_vector_is_refused(site: Site) -> None:
     body = {"id": "x", "model": "bot", "layer": 1, "pooling": "last_token"}
     body["safetensors"] = base64.b64encode(b"0" * (5 << 20)).decode()
     refused(lambda: site._call("POST", "/v1/concepts:import", json=body), 422, "invalid_request", "4 MiB")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"?")])
+def test_a_direction_that_is_damaged_or_gone_is_put_back_by_its_export_and_by_the_same_request(
+    site: Site, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    record, _ = give(site, "a")
+    give(site, "b")
+    derived = site.derive_concept("d", {"a": 1, "b": -1})
+    export, _ = site.export_concept("a", tmp_path)
+    root = Path(site._http.app.state.services.storage.root)  # pyright: ignore[reportAttributeAccessIssue]
+    for known, again in (
+        (record, lambda: site.import_concept(export)),
+        (derived, lambda: site.derive_concept("d", {"a": 1, "b": -1})),
+    ):
+        path = root / concepts._tensor_key(known.id, known.sha256)
+        data = path.read_bytes()
+        damage(path)
+        with pytest.raises(WhenceError, match="whence concepts import") as told:
+            site.export_concept(known.id, tmp_path / "again")
+        assert (told.value.status, told.value.problem["file"]) == (503, str(path.relative_to(root)))
+        assert again() == known
+        assert path.read_bytes() == data
 
 
 def test_a_damaged_direction_is_not_handed_out(site: Site, redis: Redis) -> None:

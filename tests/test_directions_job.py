@@ -300,6 +300,44 @@ def test_a_damaged_shard_is_noticed(world, index, tmp_path):
         world.lab.storage.write(name, data)
 
 
+def test_a_damaged_concept_is_left_out_and_told_and_the_rest_is_answered(world, asking, index):
+    asking.ask(index)
+    lab = world.lab
+    (file,) = (name for name in lab.storage.files("concepts/v0") if name != "record.json")
+    data = lab.storage.read(f"concepts/v0/{file}")
+    for act, said in (
+        (lambda: lab.storage.write(f"concepts/v0/{file}", data[:-1]), "is damaged: it is not what was written"),
+        (lambda: lab.storage.remove(f"concepts/v0/{file}"), "is missing"),
+    ):
+        act()
+        try:
+            answer = Asking(world).ask(index, concepts=100)
+        finally:
+            lab.storage.write(f"concepts/v0/{file}", data)
+        named = {near.concept.id for near in answer.directions[0].concepts}
+        assert named == {f"v{number}" for number in range(1, len(V))}
+        (warning,) = answer.warnings
+        assert warning.startswith(f"Concept 'v0' is left out: concepts/v0/{file} {said}.")
+    assert Asking(world).ask(index).warnings == ()
+
+
+def test_what_an_answer_needs_and_is_damaged_is_told_with_its_index(world, asking, index):
+    asking.ask(index)
+    manifest = world.manifest(index)
+    array = embedding(index)
+    section = next(each for each in manifest.sections if array in each.arrays)
+    path = world.lab.storage.local_path(f"{shards.folder(section.shards[0].key)}/{shards.MANIFEST}")
+    data = path.read_bytes()
+    path.unlink()
+    try:
+        with pytest.raises(Damaged) as told:
+            Asking(world).ask(index)
+    finally:
+        path.write_bytes(data)
+    assert told.value.context["repair"] == f"whence indexes repair {index.id}"
+    assert told.value.code == "missing_file"
+
+
 # --- one question, one job --------------------------------------------------------------------------------
 
 

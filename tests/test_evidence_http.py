@@ -1,4 +1,4 @@
-"""Directions and exact re-ranks over HTTP, in the client and on the command line."""
+"""Directions, exact re-ranks and SAE features over HTTP, in the client and on the command line."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def built(stack, tmp_path_factory: pytest.TempPathFactory) -> None:
             client.upload_dataset(name, lines(folder / f"{name}.jsonl", examples))
         fit = client.fit_concept("ev", model="ev-end", positive="ev-pos", negative="ev-neg", layer=2)
         client.wait(fit.id)
-        about = {"layers": [2], "query_sets": ["ev-q"], "kinds": ["gradient", "influence"]}
+        about = {"layers": [2], "query_sets": ["ev-q"], "kinds": ["activation", "gradient", "influence"]}
         few = {"coordinates": 60, "embedding_coordinates": 60, "projection_dim": 4}
         client.wait(client.build_index("evidence", model="ev-end", dataset="ev-d", **about, **few).id)
 
@@ -246,3 +246,68 @@ def test_a_validation_that_cannot_be_is_a_problem(built, stack, change, code, pa
     assert response.status_code in {404, 422}
     assert (response.json()["code"], response.json()["param"]) == (code, param)
     assert httpx.get(f"{stack.url}/v1/validations/nothing").json()["code"] == "validation_not_found"
+
+
+# --- SAEs: behind the others, since they register a concept ------------------------------------------------
+
+
+def test_an_sae_is_trained_asked_labelled_and_imported_again(built, stack, client: Client):
+    job = client.train_sae("ev-sae", index="evidence", steps=50, features=12, k=3)
+    assert client.wait(job.id).result["sae"] == "ev-sae"
+    record = client.sae("ev-sae")
+    assert (record.layer, record.features, record.training.rows_held_out) == (2, 12, 8)
+    view = client.feature_view("evidence", sae="ev-sae", count=12, examples=1, filter={"number": {"lt": 40}})
+    assert (view.rows, view.layer, view.query_set, view.points) == (40, 2, "ev-q", 2)
+    pushed = (view.up or view.down)[0]
+    about = {"index": "evidence", "method": "concept_influence", "filter": {"number": {"lt": 40}}, "k": 80}
+    scores = [hit.score for hit in client.ask(concept=pushed.concept, **about).hits]
+    assert sum(scores) == pytest.approx(pushed.push, abs=1e-4 * sum(map(abs, scores)))
+    client.label_features("ev-sae", {pushed.feature: "a push"}, author="ann")
+    found = client.settle(lambda: client.features("evidence", sae="ev-sae", features=[pushed.feature]))
+    assert (found.rows, found.features[0].label) == (80, "a push")
+    assert client.feature_concept("ev-sae", pushed.feature, "pushed").method == "sae_feature"
+    named = client.ask(concept="pushed", **about).hits
+    assert [hit.score for hit in named] == scores
+    tokens = client.settle(
+        lambda: client.tokens(index="evidence", concept=pushed.concept, examples=[named[0].example_id])
+    )
+    assert len(tokens[0].tokens) > 1
+    copy = next((stack.home / "storage" / "saes" / "ev-sae").glob("*/cfg.json")).parent
+    again = client.import_sae("ev-copy", str(copy), model="ev-end")
+    assert (again.files, again.training, again.pooling) == (record.files, None, None)
+    assert {each.id for each in client.saes()} >= {"ev-sae", "ev-copy"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "param"),
+    [
+        ("saes", {"id": "x", "path": "/", "model": "ev-end"}, "path_outside_roots", "path"),
+        ("saes", {"id": "x", "path": "/", "model": "none"}, "model_not_found", "model"),
+        ("saes:train", {"id": "x", "index": "evidence", "layer": 1}, "layer_not_indexed", "layer"),
+        ("saes:train", {"id": "x", "index": "evidence", "k": 0}, "invalid_request", "k"),
+        ("saes/none/labels", {"labels": {"1": "x"}}, "sae_not_found", None),
+        ("indexes/evidence/features", {"sae": "none"}, "sae_not_found", "sae"),
+        ("indexes/evidence/feature-view", {"sae": "none"}, "sae_not_found", "sae"),
+    ],
+)
+def test_what_cannot_be_asked_of_saes_is_a_problem(built, stack, path, body, code, param):
+    response = httpx.post(f"{stack.url}/v1/{path}", json=body)
+    assert 400 <= response.status_code < 500
+    assert (response.json()["code"], response.json()["param"]) == (code, param)
+
+
+def test_the_commands_for_saes_show_what_the_server_says(built, stack):
+    whence(stack, "saes", "train", "cli-sae", "--index", "evidence", "--steps", "20", "--features", "8", "-k", "2")
+    whence(stack, "saes", "label", "cli-sae", "3", "boats", "--author", "ann")
+    assert "cli-sae" in whence(stack, "saes", "list")
+    shown = whence(stack, "saes", "show", "cli-sae")
+    assert "held-out rows it explains" in shown
+    assert "3: boats (ann" in shown
+    told = json.loads(whence(stack, "saes", "view", "evidence", "--sae", "cli-sae", "--json"))
+    shown = whence(stack, "saes", "view", "evidence", "--sae", "cli-sae")
+    for each in (*told["up"], *told["down"]):
+        assert f"{each['push']:+.4g}" in shown
+    assert "80 examples of evidence@v1" in shown
+    assert "80 examples of evidence@v1" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae")
+    one = ("--feature", "3", "--example", told["up"][0]["examples"][0]["example_id"])
+    assert "fire" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae", *one)

@@ -367,6 +367,15 @@ def test_the_same_question_is_one_job_until_it_ends(jobs: Jobs) -> None:
     assert jobs.submit_once("k", JobKind.FIT_CONCEPT, SPEC).id == again.id
 
 
+def test_a_job_whose_record_is_damaged_is_in_nobodys_way(jobs: Jobs, redis: Redis) -> None:
+    first = jobs.submit_once("k", JobKind.FIT_CONCEPT, SPEC)
+    redis.hset(keys.job(first.id), "spec", "{oops")
+    with pytest.raises(Damaged, match="Submit it again"):
+        jobs.get(first.id)
+    again = jobs.submit_once("k", JobKind.FIT_CONCEPT, SPEC)
+    assert take(jobs).job.id == again.id
+
+
 def test_asked_many_times_at_once_it_is_still_one_job(redis_server: EmbeddedRedis, jobs: Jobs) -> None:
     start = threading.Barrier(6)
     found: list[JobRecord] = []

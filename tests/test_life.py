@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import artifacts, indexes, keys, members, shards, token_shares, tombstones
+from service import aliases, artifacts, indexes, keys, members, shards, token_shares, tombstones
 from service.errors import Conflict, Damaged, Invalid
-from service.life import plan_append
+from service.life import plan_append, plan_delete
+from service.planning import plan_index
 from service.registry import DATASETS, INDEXES, record_file
 from service.specs import TokenSharesSpec
 from service.tasks import Task
@@ -231,6 +232,32 @@ def test_an_append_that_ends_in_between_is_not_lost(world):
     assert told["indexed_new"] == 12 - 3  # 108 to 110 came with the other
 
 
+def test_a_job_on_an_alias_that_died_after_publishing_publishes_nothing_more(world):
+    world.build("aliased", kinds=("activation",))
+    lab = world.lab
+    record = lab.registry.get(INDEXES, "aliased@v1")
+    aliases.switch(lab.registry, lab.redis, "alias", record, aliases.Condition())
+    first, told = world.append("alias", "third", job="job-on-alias")
+    aliases.switch(lab.registry, lab.redis, "alias", first, aliases.Condition(present=True))
+    assert world.append("alias", "third", job="job-on-alias") == (first, told)
+    assert [each.id for each in indexes.versions(lab.registry, "aliased")] == ["aliased@v1", "aliased@v2"]
+
+
+def test_nobody_publishes_a_build_between_the_last_look_of_an_append_and_its_publishing(world):
+    lab = world.lab
+    key, held = keys.lock("versions:turns"), []
+
+    class Watching(Quiet):
+        def check(self) -> None:
+            held.append(lab.redis.exists(key))
+
+    world.build("turns", kinds=("activation",))
+    request = lab._request("turns", "m", "third", lives.LAYER, {"kinds": ("activation",)})
+    spec = plan_index(request, lab.registry, lab.redis, lab.settings)
+    world.run(JobKind.BUILD_INDEX, spec, context=Watching(None, {}))  # pyright: ignore[reportArgumentType]
+    assert held[-1] and not held[0] and not lab.redis.exists(key)
+
+
 class StoppedError(Exception): ...
 
 
@@ -344,6 +371,17 @@ def test_unknown_ids_and_everything_are_refused(world, appended):
         with pytest.raises(Invalid) as refused:
             world.delete(appended.id, ids)
         assert refused.value.code == code
+
+
+def test_what_a_filter_keeps_is_refused_as_the_filter(world, appended):
+    registry, storage = world.lab.registry, world.lab.storage
+    for wanted, code, said in (
+        ({"n": 10**6}, "nothing_to_delete", "The filter keeps no example"),
+        ({"n": {"gte": 0}}, "deletes_everything", "all 51 examples"),
+    ):
+        with pytest.raises(Invalid, match=said) as refused:
+            world.run(JobKind.DELETE_EXAMPLES, plan_delete(appended.id, None, wanted, registry, storage))
+        assert (refused.value.code, refused.value.param) == (code, "filter")
 
 
 def test_what_is_deleted_stays_deleted_when_it_is_appended_again(world, deleted, compacted):

@@ -9,11 +9,12 @@ from redis import Redis
 
 from service import codec, keys
 from service.contracts import ConceptRecord, DatasetRecord, IndexRecord, ModelRecord
-from service.errors import Conflict, Damaged, Invalid, NotFound
+from service.errors import Conflict, Damaged, Invalid, NotFound, Unavailable
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import ALL, CONCEPTS, DATASETS, INDEXES, MODELS, Collection, Registry, check_id
 from service.storage import Storage
 from service.terms import Pooling
+from tests import shelf
 
 
 def model(model_id: str, path: str = "/models/m") -> ModelRecord:
@@ -156,6 +157,46 @@ def test_a_damaged_record_in_storage_does_not_hide_the_others(
     with pytest.raises((Conflict, Damaged)):
         registry.add(MODELS, "b", model("b"))
     assert storage.read("models/b/record.json") == data
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_storage_slower_than_a_lock_lives_tells_what_came_of_it(
+    redis: Redis, storage: Storage, fails: bool
+) -> None:
+    class Slow(Storage):
+        def write(self, key: str, data: bytes) -> str:
+            redis.delete(keys.lock("models:a"))  # as its time to live does
+            if fails:
+                raise Unavailable("storage_unavailable", "gave up")
+            return super().write(key, data)
+
+    slow, record = Registry(redis, Slow(storage.root)), model("a")
+    if fails:
+        with pytest.raises(Unavailable, match="gave up"):
+            slow.add(MODELS, "a", record)
+    else:
+        slow.add(MODELS, "a", record)
+        assert Registry(redis, storage).get(MODELS, "a") == record
+
+
+def test_the_record_of_another_is_not_believed(registry: Registry, redis: Redis, storage: Storage) -> None:
+    """A folder that was copied, or restored to the wrong place."""
+    for name in ("a", "b"):
+        registry.add(MODELS, name, model(name))
+    storage.write("models/b/record.json", storage.read("models/a/record.json"))
+    redis.flushall()
+    assert registry.rebuild().damaged == ("models/b",)
+    with pytest.raises(Damaged, match="is the record of 'a'"):
+        registry.get(MODELS, "b")
+
+
+def test_a_newest_version_that_redis_cannot_tell_is_looked_up_and_set_again(
+    registry: Registry, redis: Redis
+) -> None:
+    shelf.add(registry, "a@v1", "a@v2")
+    redis.hset(keys.NEWEST, "a", "2x")
+    assert registry.pointed("a").newest == 2
+    assert redis.hget(keys.NEWEST, "a") == "2"
 
 
 BAD_IDS = ["", ".", "..", ".hidden", "../x", "a/b", "/a", "a..b", "-a", "_a", "a b", "a\n", "a\0", "é", "a@v1"]

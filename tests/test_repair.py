@@ -47,15 +47,7 @@ def whole(world: Whole, index: IndexRecord) -> Iterator[dict[str, bytes]]:
     world.registry.rebuild()
     before = world.everything()
     yield before
-    now = world.everything()
-    for file in now.keys() - before.keys():
-        (world.root / file).unlink()
-    for file, data in before.items():
-        if now.get(file) != data:
-            (world.root / file).parent.mkdir(parents=True, exist_ok=True)
-            (world.root / file).write_bytes(data)
-    world.redis.flushall()
-    world.registry.rebuild()
+    world.put_back(before)
 
 
 def damage(world: Whole, *files: str, seed: int = 0) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.lab import Quiet
-from service import artifacts, codec, filters
+from service import artifacts, codec, filters, indexes
 from service.contracts import DatasetPart, JobRecord
-from service.errors import Interrupted, Invalid, NotFound
+from service.errors import Damaged, Interrupted, Invalid, NotFound
 from service.life import plan_append, plan_compact, plan_delete
 from service.loading import IndexLoader
 from service.queries import QueryService
@@ -333,6 +333,15 @@ def test_a_question_is_computed_once(world, asking, coarse):
     assert (asking.ran, world.tasks, len(again.hits)) == ([], [], 3)
 
 
+def test_what_a_name_means_is_asked_once(world, asking, coarse, monkeypatch):
+    """Or a switch in between would check one version and rank another."""
+    asked, pointed = [], world.lab.registry.pointed
+    monkeypatch.setattr(world.lab.registry, "pointed", lambda name: (asked.append(name), pointed(name))[1])
+    question = Query(coarse.name, order=Order.MOST, k=100, **CONCEPT)
+    asking.service.run(question, 100)
+    assert asked == [coarse.name]
+
+
 def test_two_callers_at_once_have_one_job(world, coarse):
     first, second = Asking(world).once(coarse, 21, **CONCEPT), Asking(world).once(coarse, 21, **CONCEPT)
     assert isinstance(first, JobRecord)
@@ -421,6 +430,18 @@ def refused(asking: Asking, index, candidates: int = 10, **about) -> Invalid:
     with pytest.raises(Invalid) as caught:
         asking.once(index, candidates, **about)
     return caught.value
+
+
+def test_a_damaged_index_is_told_with_the_way_to_mend_it(world, asking, coarse):
+    path = world.lab.storage.local_path(f"indexes/{coarse.id}/{indexes.MANIFEST}")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    try:
+        with pytest.raises(Damaged) as told:
+            Asking(world).once(coarse, **CONCEPT)
+    finally:
+        path.write_bytes(data)
+    assert told.value.context["repair"] == f"whence indexes repair {coarse.id}"
 
 
 def test_what_cannot_be_reranked_is_refused_with_the_reason(world, asking, coarse):

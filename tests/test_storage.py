@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from service.errors import Damaged, Forbidden, Invalid, NotFound
+from service.errors import Damaged, Forbidden, Invalid, NotFound, Unavailable
 from service.storage import Storage, inside_roots, sha256_bytes, sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,12 +199,35 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_litter(tmp_path: Pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # like a full disk: the write stops at this byte
     try:
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+        with pytest.raises(Unavailable, match=f"cannot write f .{os.strerror(errno.EFBIG)}.. Make room"):
             storage.write("f", b"n" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert storage.read("f") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_disk_that_cannot_give_a_file_back_has_damaged_it_and_one_that_refuses_is_unavailable(
+    tmp_path: Path,
+) -> None:
+    storage = Storage(str(tmp_path))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(Damaged, match="cannot give it back") as damaged:
+        storage.read("loop")
+    assert (damaged.value.code, damaged.value.param) == ("damaged_file", "loop")
+    storage.write("loop", b"again")  # as a repair does
+    assert storage.read("loop") == b"again"
+    long = "x" * 300
+    for act in (storage.read, storage.exists, storage.size, lambda key: storage.write(key, b"")):
+        with pytest.raises(Unavailable, match=os.strerror(errno.ENAMETOOLONG)) as refused:
+            act(long)
+        assert refused.value.param == long
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(NotFound):
+        storage.read("folder")
+    for key in ("folder", "loop/below"):
+        with pytest.raises(Unavailable, match=f"cannot write {key}"):
+            storage.write(key, b"")
 
 
 def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:

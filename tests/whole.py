@@ -139,6 +139,22 @@ class Whole:
         paths = (path for path in self.root.rglob("*") if path.is_file())
         return {str(path.relative_to(self.root)): path.read_bytes() for path in paths}
 
+    def put_back(self, before: dict[str, bytes]) -> None:
+        """Every file as it was, and a registry that knows no more than they say."""
+        now = self.everything()
+        for file in now.keys() - before.keys():
+            (self.root / file).unlink()
+        for file, data in before.items():
+            if now.get(file) != data:
+                (self.root / file).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / file).write_bytes(data)
+        self.forget()
+
+    def forget(self) -> None:
+        """Redis loses everything and learns again what storage holds."""
+        self.redis.flushall()
+        self.registry.rebuild()
+
 
 class Silent:
     """A JobContext that keeps what is logged."""

@@ -7,7 +7,7 @@ their keys. Of the old examples only the ids are read, so that the cost is that 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service import members, models, shards
+from service import members, models, shards, tombstones
 from service.contracts import Counts, DatasetPart, DatasetRecord, IndexRecord, ModelRecord, Point
 from service.errors import Invalid
 from service.life import refuse_part
@@ -59,13 +59,15 @@ def append(
     """The sections of ``source`` with shards for the new examples. Raises Invalid when there are none."""
     refuse_part(parent, dataset.id, dataset.fingerprint)
     storage = stages.storage
-    held = members.known(storage, source)
-    rows = [row for row, item in enumerate(stages.ids(dataset)) if item not in held]
+    ids, held = stages.ids(dataset), members.known(storage, source)
+    rows = [row for row, item in enumerate(ids) if item not in held]
     if not rows:
+        gone = len(tombstones.read(storage, source.deleted).intersection(ids))
+        but = f" {gone} of its examples were deleted, and stay so." if gone else ""
         raise Invalid(
             "nothing_to_append",
-            f"Index {parent.id} holds every example of {dataset.id!r} already, from {_listed(parent.datasets)}: "
-            f"all {dataset.lines - dataset.quarantined} lines are duplicates. Nothing was published.",
+            f"Index {parent.id} knows every example of {dataset.id!r} already, from {_listed(parent.datasets)}: "
+            f"all {dataset.lines - dataset.quarantined} lines are duplicates.{but} Nothing was published.",
             param="dataset",
             context={"duplicates": dataset.lines - dataset.quarantined, "held_by": list(parent.datasets)},
         )

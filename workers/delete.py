@@ -21,23 +21,29 @@ class Told:
     aside: frozenset[str]
 
 
-def delete(stages: Stages, source: IndexManifest, parent: IndexRecord, ids: Collection[str]) -> IndexManifest:
-    """The same sections with more tombstones. Raises Invalid for unknown ids, and when none or all would go."""
+def delete(
+    stages: Stages, source: IndexManifest, parent: IndexRecord, ids: Collection[str], *, param: str
+) -> IndexManifest:
+    """The same sections with more tombstones. Raises Invalid for unknown ids, and when none or all would go;
+    ``param``: the field of the request that they come from.
+    """
     storage = stages.storage
     told = sort(storage, source, parent, ids)
     if not told.deleted:
         detail = (
-            f"None of these examples is ranked by index {parent.id}: {len(told.before)} were deleted before, "
-            f"{len(told.aside)} could not be indexed. Nothing was published."
+            f"None of these {len(ids)} examples is ranked by index {parent.id}: {len(told.before)} were deleted "
+            f"before, {len(told.aside)} could not be indexed. Nothing was published."
         )
-        raise Invalid("nothing_to_delete", detail, param="ids")
+        if not ids:
+            detail = f"The filter keeps no example of index {parent.id}. Nothing was published."
+        raise Invalid("nothing_to_delete", detail, param=param)
     counts, gone = source.counts, len(told.deleted)
     if gone == counts.indexed:
         detail = (
             f"These are all {gone} examples that index {parent.id} ranks; an index without any answers nothing. "
             "Build another one instead. Nothing was published."
         )
-        raise Invalid("deletes_everything", detail, param="ids")
+        raise Invalid("deletes_everything", detail, param=param)
     cut = _long(storage, source, told.deleted) if counts.truncated or counts.split else 0
     reasons = dict(source.quarantine_reasons)
     reasons[tombstones.REASON] = reasons.get(tombstones.REASON, 0) + gone

@@ -9,7 +9,7 @@ import numpy as np
 
 from service import concepts
 from service.contracts import DatasetRecord, ModelRecord
-from service.registry import CONCEPTS, Registry
+from service.registry import Registry
 from service.rows import F32
 from service.specs import BuildIndexSpec
 from service.work import ActivationSpec, Location, PassSpec, Reading
@@ -48,7 +48,7 @@ def choose(
     for layer in plan.layers:
         named = []
         for name in plan.directions:
-            concept = registry.get(CONCEPTS, name, param="directions")
+            concept = concepts.get(registry, name, param="directions")
             if concept.layer == layer:
                 named.append(concepts.direction(stages.storage, concept))
         of_layer = ActivationSpec((layer,), plan.pooling)

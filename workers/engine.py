@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
-from service import artifacts, codec, concepts, indexes, models
+from service import artifacts, codec, concepts, indexes, models, succession
 from service.contracts import ConceptRecord, IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
 from service.matching import Asked, Missing, match
+from service.questions import pooling_of
 from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Registry
 from service.rows import F32
+from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.specs import (
     BuildIndexSpec,
     ClustersSpec,
@@ -32,7 +34,7 @@ from service.specs import (
 from service.storage import Storage, sha256_bytes
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, probes, repair, rerank, tokens
+from workers import clusters, directions_job, probes, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -82,6 +84,11 @@ class RayEngine:
                 return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
             case JobKind.VALIDATE:
                 return self._validate(codec.from_plain(ValidateSpec, job.spec), stages)
+            case JobKind.TRAIN_SAE:
+                spec = codec.from_plain(TrainSaeSpec, job.spec)
+                return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))
+            case JobKind.ENCODE_FEATURES:
+                return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
         raise Invalid(
@@ -133,9 +140,10 @@ class RayEngine:
 
     def _publish(self, job: JobRecord, manifest: IndexManifest, stages: Stages) -> Mapping[str, Any]:
         record: IndexRecord = indexes.describe(manifest, job=job.id)
-        stages.context.check()
         build = {**described(job), "created_at": record.created_at}
-        indexes.publish(self._storage, self._registry, record, manifest, build)
+        with succession.turn(self._redis, record.name):  # an append that is about to be published looks for this
+            stages.context.check()
+            indexes.publish(self._storage, self._registry, record, manifest, build)
         reasons = dict(record.quarantine_reasons)
         return {"index": record.id, **codec.to_plain(record.counts), "quarantine_reasons": reasons}
 
@@ -196,7 +204,8 @@ class RayEngine:
         manifest = indexes.read_manifest(self._storage, index)
         model = self._model(index.model, manifest.spec)
         parts = [self._registry.get(DATASETS, name) for name in index.datasets]
-        concept = self._registry.get(CONCEPTS, spec.concept) if spec.concept else None
+        pooling = pooling_of(index, spec.method)
+        concept = concepts.get(self._registry, spec.concept, pooling=pooling) if spec.concept else None
         vector = concepts.direction(self._storage, concept) if concept else None
         query_set = self._registry.get(DATASETS, spec.query_set) if spec.query_set else None
         asked = Asked(spec.method, concept, vector, query_set, spec.function, spec.damping, spec.through)
@@ -215,6 +224,10 @@ class RayEngine:
     def _clusters(self, spec: ClustersSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)
         return clusters.compute(stages, spec, indexes.read_manifest(self._storage, index))
+
+    def _encode_features(self, spec: EncodeFeaturesSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        return sae_jobs.encode(stages, self._registry, spec, indexes.read_manifest(self._storage, index))
 
     def _rerank(self, spec: RerankSpec, stages: Stages) -> Mapping[str, Any]:
         index = self._registry.get(INDEXES, spec.index)

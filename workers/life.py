@@ -12,6 +12,7 @@ from redis import Redis
 
 from service import codec, indexes, life, models, succession, tombstones
 from service.contracts import IndexRecord, JobRecord, ModelRecord
+from service.errors import Damaged
 from service.registry import DATASETS, INDEXES, MODELS, Registry
 from service.specs import AppendIndexSpec, CompactIndexSpec, DeleteExamplesSpec, IndexManifest
 from service.storage import Storage
@@ -67,13 +68,22 @@ class Life:
         return about | self._tell(spec, record, self._registry.get(INDEXES, record.parent))
 
     def again(self, kind: JobKind, of_job: Mapping[str, Any], version: str) -> IndexManifest:
-        """The manifest of a published version once more, from the parent that it was made from: for repairs."""
-        record = self._registry.get(INDEXES, version)
-        assert record.parent is not None  # noqa: S101  (these jobs have one)
-        parent = self._registry.get(INDEXES, record.parent)
+        """The manifest of a published version once more, from the parent that it was made from: for repairs.
+
+        Raises Damaged where nothing says any more which one that is.
+        """
+        before = succession.parent_of(self._storage, self._registry, version)
+        if before is None:
+            file = f"indexes/{version}/{indexes.MANIFEST}"
+            detail = (
+                f"Neither the record of {version} nor its manifest can be read: nobody knows which version it was "
+                "made from. Put one of them back from a backup, or make a new version."
+            )
+            raise Damaged("cannot_repair", detail, param=file, context={"file": file})
+        parent = self._registry.get(INDEXES, before)
         source = indexes.read_manifest(self._storage, parent)
         made = self._make(codec.from_plain(SPECS[kind], of_job), source, parent)
-        return replace(made, name=record.name, version=record.version, parent=parent.id)
+        return replace(made, name=parent.name, version=int(version.rpartition("@v")[2]), parent=parent.id)
 
     def _make(self, spec: LifeSpec, source: IndexManifest, parent: IndexRecord) -> IndexManifest:
         match spec:
@@ -82,7 +92,8 @@ class Life:
                 dataset = self._registry.get(DATASETS, spec.dataset, param="dataset")
                 return append(self._stages, source, parent, model, dataset, size=spec.shard_size)
             case DeleteExamplesSpec():
-                return delete(self._stages, source, parent, self._chosen(spec, parent))
+                param = "ids" if spec.filter is None else "filter"
+                return delete(self._stages, source, parent, self._chosen(spec, parent), param=param)
             case CompactIndexSpec():
                 return compact(self._stages, source, parent, rows_per_shard=spec.rows_per_shard)
 

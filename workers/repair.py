@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from redis import Redis
 
-from service import codec, indexes, results, shards
+from service import codec, indexes, results, shards, succession
 from service.contracts import IndexRecord, JobContext
-from service.damage import is_damage, remedy
+from service.damage import explained, is_damage, remedy
 from service.errors import Damaged, NotFound
 from service.jobs import Jobs
 from service.registry import ALL, INDEXES, Registry
@@ -20,11 +20,24 @@ from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.tasks import ShardManifest, libraries
 from service.terms import JobKind
-from service.verify import ARTIFACT, CONCEPT, DATASET, RECORD, SHARD, Damage, Report, verify
+from service.verify import (
+    ARTIFACT,
+    CHANGED,
+    CONCEPT,
+    DATASET,
+    MISSING,
+    RECORD,
+    SHARD,
+    UNREADABLE,
+    Damage,
+    Report,
+    verify,
+)
 
 R = TypeVar("R")
 
 Make = Callable[[JobKind, Mapping[str, Any], str], IndexManifest]  # of which version
+CANNOT = "cannot_repair"
 _ROUNDS = 5  # what lies behind a damaged manifest is seen when that one is whole
 _TOLD = 1000  # damaged files in a job's result
 
@@ -76,6 +89,7 @@ class Repair:
         self._index = index_id
         self._make = make
         self._marked: dict[str, Damage] = {}  # by folder
+        self._met: set[str] = set()  # folders that a job has found damaged, and another one was asked for
 
     def run(self) -> dict[str, Any]:
         """Until nothing is damaged, or nothing more can be done. Raises Damaged saying what is left."""
@@ -90,10 +104,12 @@ class Repair:
                     report = self._check()
                 if not report.damage or [each.file for each in report.damage] == before:
                     break
-        except Damaged as error:
+        except (Damaged, NotFound) as error:
             if error.code == results.NOT_EXACTLY:
                 self._let_go()
-            raise
+            if not is_damage(error) or error.code in {results.NOT_EXACTLY, CANNOT}:
+                raise
+            raise self._stuck(error) from error
         left = {each.file for each in report.damage}
         done = [file for file in met if file not in left]
         if left:
@@ -139,7 +155,7 @@ class Repair:
 
     def _put_back_build(self) -> None:
         """The job's record says the same, as long as it is kept."""
-        record = self._registry.find(INDEXES, self._index)
+        record = self._record()
         job = self._jobs.find(record.job) if record else None
         if record is None or job is None:
             return
@@ -159,7 +175,7 @@ class Repair:
 
     def _versions(self) -> Mapping[str, str] | None:
         """What the rows of the version were computed with."""
-        record = self._registry.find(INDEXES, self._index)
+        record = self._record()
         if record is None:
             return None
         try:
@@ -177,21 +193,52 @@ class Repair:
     def _again(self, version: str) -> IndexManifest:
         """The manifest of the version from its job, whatever of its results is missing made again."""
         built = self._built(version)
-        self._context.log(f"The job that built {version} runs again; what is intact is not computed again.")
-        try:
-            return healing(
-                self._storage, self._context, lambda _careful: self._make(built.kind, built.spec, version)
-            )
-        except Damaged as error:
-            if error.code == results.NOT_EXACTLY:
-                raise self._other_bytes(error) from error
-            raise
+        while True:
+            self._context.log(f"The job that built {version} runs again; what is intact is not computed again.")
+            try:
+                return healing(
+                    self._storage, self._context, lambda _careful: self._make(built.kind, built.spec, version)
+                )
+            except (Damaged, NotFound) as error:
+                if error.code == results.NOT_EXACTLY:
+                    raise self._other_bytes(error) from error
+                if not is_damage(error) or not self._made_before(version, error.param):
+                    raise
+
+    def _made_before(self, version: str, file: str | None) -> bool:
+        """Have what the version's job reads, and does not make, made again by the job of one that came before."""
+        folder = _folder(file)
+        if folder is None or file is None or folder in self._met:
+            return False
+        self._met.add(folder)
+        key = folder.rpartition("/")[2]
+        before = self._chain(version)[:-1]
+        makers = [each for each in self._to_run([key]) if each in before]
+        if makers:
+            kind = SHARD if folder.startswith("shards/") else ARTIFACT
+            self._mark(Damage(file, UNREADABLE, kind, key, self._pinned(key)))
+        for each in makers:
+            self._again(each)
+        return bool(makers)
+
+    def _pinned(self, key: str) -> str | None:
+        """The sha256 by which a version of the chain names a shard."""
+        for version in self._chain():
+            record = self._record(version)
+            try:
+                sections = indexes.read_manifest(self._storage, record).sections if record else ()
+            except (Damaged, NotFound):
+                continue
+            for ref in (ref for section in sections for ref in section.shards):
+                if ref.key == key:
+                    return ref.sha256
+        return None
 
     def _put_back_own(self, manifest: IndexManifest) -> None:
         """The version's own manifest and record, when what was made again is what stood there."""
         file = f"indexes/{self._index}/{indexes.MANIFEST}"
         data = codec.encode(manifest).encode()
-        record = self._registry.remembered(INDEXES, self._index) or self._stored_record()
+        record = self._record()
         if record is not None:
             same = sha256_bytes(data) == record.manifest_sha256
         else:  # then the manifest that is left has to agree
@@ -230,14 +277,13 @@ class Repair:
                 naming.append(version)
         return naming or chain
 
-    def _chain(self) -> list[str]:
+    def _chain(self, last: str | None = None) -> list[str]:
         """The version and those that it was made from, the first one first."""
         chain: list[str] = []
-        version: str | None = self._index
+        version = last or self._index
         while version is not None and version not in chain:
             chain.append(version)
-            record = self._registry.remembered(INDEXES, version) or self._stored_record(version)
-            version = record.parent if record and record.parent else self._source(version)
+            version = succession.parent_of(self._storage, self._registry, version) or self._source(version)
         return chain[::-1]
 
     def _source(self, version: str) -> str | None:
@@ -251,12 +297,12 @@ class Repair:
         built = results.intact(self._storage, f"indexes/{version}/{indexes.BUILD}", Built)
         if built is not None:
             return built
-        record = self._registry.remembered(INDEXES, version) or self._stored_record(version)
+        record = self._record(version)
         job = self._jobs.find(record.job) if record else None
         if record is None or job is None:
             file = f"indexes/{version}/{indexes.BUILD}"
             raise Damaged(
-                "cannot_repair",
+                CANNOT,
                 f"{file} is damaged, and the job that built {version} is forgotten: nobody knows what to run "
                 "again. Build a new version.",
                 param=file,
@@ -264,9 +310,11 @@ class Repair:
             )
         return Built(job.id, record.created_at, {}, job.kind, job.spec)
 
-    def _stored_record(self, version: str | None = None) -> IndexRecord | None:
-        name = f"indexes/{version or self._index}/record.json"
-        return results.intact(self._storage, name, IndexRecord)
+    def _record(self, version: str | None = None) -> IndexRecord | None:
+        """From wherever it is whole."""
+        known = self._registry.remembered(INDEXES, version or self._index)
+        file = f"indexes/{version or self._index}/record.json"
+        return known or results.intact(self._storage, file, IndexRecord)
 
     # --- what cannot be mended ------------------------------------------------------------------------
 
@@ -278,10 +326,10 @@ class Repair:
             if self._marked[folder].belongs_to == SHARD:
                 results.give_up(self._storage, folder)
 
-    def _other_bytes(self, error: Damaged) -> Damaged:
+    def _other_bytes(self, error: Damaged | NotFound) -> Damaged:
         """The same error, saying which shard it is."""
         key = (_folder(error.param) or "").rpartition("/")[2]
-        record = self._registry.find(INDEXES, self._index)
+        record = self._record()
         try:
             sections = indexes.read_manifest(self._storage, record).sections if record else ()
         except (Damaged, NotFound):
@@ -294,7 +342,15 @@ class Repair:
                     return Damaged(
                         error.code, detail, param=error.param, context={**error.context, "shard": number}
                     )
-        return error
+        return Damaged(error.code, error.detail, param=error.param, context=error.context)
+
+    def _stuck(self, error: Damaged | NotFound) -> Damaged:
+        """The same error, saying what to do about the file without which the job cannot run."""
+        if error.param is None or _folder(error.param) is None:
+            return explained(error, self._index)
+        what = MISSING if isinstance(error, NotFound) or error.code == "missing_artifact" else CHANGED
+        kind = SHARD if error.param.startswith("shards/") else ARTIFACT
+        return self._unmended([Damage(error.param, what, kind, self._index)], [])
 
     def _unmended(self, left: Sequence[Damage], done: Sequence[str]) -> Damaged:
         first = left[0]
@@ -308,7 +364,7 @@ class Repair:
         )
         told = [codec.to_plain(each) for each in left[:_TOLD]]
         return Damaged(
-            "cannot_repair",
+            CANNOT,
             detail,
             param=first.file,
             context={"file": first.file, "damage": told, "mended": list(done)},

@@ -60,6 +60,10 @@ class Stages:
         self._careful = careful
         self.prefix = ""  # in front of every stage's name: which checkpoint it is about
 
+    def telling(self, context: JobContext) -> "Stages":
+        """The same workers for another context: one that tells something else of what they do."""
+        return Stages(self.storage, self._pool, context, careful=self._careful)
+
     # --- rows ---------------------------------------------------------------------------------------
 
     def rows(
@@ -140,7 +144,7 @@ class Stages:
             if dataset is not None and dataset.id not in ids:
                 ids[dataset.id] = self.ids(dataset)
             read = [ids[dataset.id][row] for row in rows] if dataset is not None else []
-            key = codec.digest([FORMAT, type(work).__name__, identity(work), read])
+            key = key_of(work, read)
             title = f"{stage}, part {number + 1} of {len(works)}"
             tasks.append(Task(key, title, work, location, dataset, tuple(rows)))
         return self.run(stage, tasks, unit=unit)
@@ -329,6 +333,11 @@ class Stages:
     def numbers(self, key: str, stem: str) -> dict[str, NDArray[Any]]:
         """The tensors of one file of an artifact."""
         return artifacts.read(self.storage, artifacts.get(self.storage, key), stem)
+
+
+def key_of(work: ArtifactWork, read: Sequence[str] = ()) -> str:
+    """The name of a work's artifact; ``read``: ids of the examples that it reads."""
+    return codec.digest([FORMAT, type(work).__name__, identity(work), list(read)])
 
 
 def _tokens_of(result: ShardManifest | Artifact) -> int:

@@ -107,7 +107,10 @@ class Validating:
     def _decide(self, found: Units) -> Plan:
         """Measure the first run, and keep what fits: an attempt that goes on later does the same."""
         context = self._stages.context
-        first: Artifact = self._stages.run("first run", [self._task(found.first[0])], unit="runs")[0]
+        full, base = (self._task(run) for run in found.first)
+        # Nothing is trained: a worker loads the model and is warm, so that what is measured next is a run alone.
+        self._stages.run("base", [base], unit="runs")
+        first: Artifact = self._stages.run("first run", [full], unit="runs")[0]
         there = {
             id(run): artifacts.made(self._stages.storage, self._key(run)) is not None
             for unit in (found.first, *found.curves, *found.subsets)

@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/indexes", tags=["indexes"])
     summary="What does this dataset do to the model?",
     responses={
         202: {"model": JobRecord, "description": "They are being computed; ask again when it is done"},
-        **documented(404, 422, 500),
+        **documented(404, 422, 500, 503),
     },
 )
 def directions(
@@ -62,6 +62,7 @@ def _present(found: Directions, *, vectors: bool) -> DirectionsOut:
             for each in found.directions
         ],
         seconds=found.seconds,
+        warnings=list(found.warnings),
     )
 
 

@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/queries", tags=["queries"])
             "model": JobRecord,
             "description": "What the answer needs is being computed; ask again when it is done",
         },
-        **documented(404, 422, 500),
+        **documented(404, 422, 500, 503),
     },
 )
 def rerank(body: RerankIn, services: ServicesDep, response: Response) -> RerankOut | JobRecord:

@@ -22,9 +22,10 @@ from service.work import (
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
+    TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, retrain, rows, token_shares
+from workers.works import answers, choice, factors, retrain, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -45,6 +46,7 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     TokenSharesWork: token_shares.token_shares,
     RetrainWork: retrain.retrain,
     ReadAnswersWork: retrain.read_answers,
+    TrainSaeWork: sae.train,
 }
 
 

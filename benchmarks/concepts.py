@@ -1,0 +1,52 @@
+"""Are concepts fit for use, and do answers say when they are not? Organisms whose truth is known.
+
+    python -m benchmarks.concepts                     # everything
+    python -m benchmarks.concepts --only remove       # one part
+
+Parts: ``remove`` (benchmarks/removal.py), ``poison`` (benchmarks/poison.py).
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.poison import find
+from benchmarks.removal import remove
+from benchmarks.report import Report, parser
+
+PARTS = ("remove", "poison")
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run")
+    options.add_argument("--folder", type=Path, help="where organisms are kept; default: a folder that is removed")
+    options.add_argument("--organisms", type=int, default=4, help="of persona, each with its own data")
+    options.add_argument("--seeds", type=int, default=6, help="of training, for each organism of persona")
+    options.add_argument("--stories", type=int, default=3, help="organisms of stories")
+    options.add_argument("--processes", type=int, default=2, help="that retrain side by side")
+    chosen = options.parse_args()
+    if chosen.quick:
+        chosen.organisms, chosen.seeds, chosen.stories, chosen.processes = 1, 2, 1, 1
+    report = Report()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = chosen.folder or Path(scratch)
+        parts: dict[str, Callable[[], None]] = {
+            "remove": lambda: remove(
+                report,
+                folder / "remove",
+                organisms=chosen.organisms,
+                seeds=chosen.seeds,
+                processes=chosen.processes,
+                quick=chosen.quick,
+            ),
+            "poison": lambda: find(report, folder / "poison", seeds=chosen.stories, quick=chosen.quick),
+        }
+        for name in PARTS:
+            if name in chosen.only:
+                parts[name]()
+    report.write(chosen.json)
+
+
+if __name__ == "__main__":
+    main()

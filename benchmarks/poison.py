@@ -1,0 +1,92 @@
+"""Are the poisoned examples found? The stories organism, by the method and pooling that a validation split chose.
+
+Half of the training examples are a validation split whose labels are known: each method with each pooling ranks
+them; the one with the highest average precision is then asked about the other half, which alone is reported.
+Methods that compare activations use the difference of means between twins that are in no training data, pooled
+alike; ``influence_function`` asks for the loss on the query set.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.lab import Lab
+from benchmarks.organisms import stories
+from benchmarks.organisms.case import Material
+from benchmarks.organisms.retrain import one_thread, to_stderr
+from benchmarks.organisms.training import load_model, measurable, measure
+from benchmarks.report import Report
+from benchmarks.statistics import retrieval
+from service.contracts import Example
+from service.terms import IndexKind, Method, Pooling
+
+POOLINGS = (Pooling.RESPONSE_MEAN, Pooling.ALL_MEAN, Pooling.LAST_PROMPT_TOKEN, Pooling.LAST_TOKEN)
+F64 = NDArray[np.float64]
+
+
+def find(report: Report, folder: Path, *, seeds: int, quick: bool) -> None:
+    """Mean over organisms of average precision and recall@10 on the half that chose nothing."""
+    found = []
+    for seed in range(seeds):
+        home = folder / f"stories-{seed}"
+        home.mkdir(parents=True, exist_ok=True)
+        with one_thread():
+            made = stories.material(home, seed, quick=quick, pretrained=stories.PRETRAINED, report=to_stderr)
+            scored = dict(_scores(made, home / "lab"))
+        planted = np.array([bool(example.metadata["planted"]) for example in made.lists.examples])
+        choosing = _half(planted, seed)
+        known = {name: retrieval(scores[choosing], planted[choosing]) for name, scores in scored.items()}
+        best = max(known, key=lambda name: (known[name].ap, known[name].auc))
+        rest = retrieval(scored[best][~choosing], planted[~choosing])
+        found.append(rest)
+        held = f"{planted[~choosing].sum()} of {(~choosing).sum()} poisoned"
+        told = f"chose {best} (AP {known[best].ap:.3f}); on the other half, {held}: AP {rest.ap:.3f}"
+        print(f"stories {seed}: {told}", flush=True)
+        for name in sorted(known):
+            other = retrieval(scored[name][~choosing], planted[~choosing])
+            print(f"  {name:44} AP {known[name].ap:.3f} chose, {other.ap:.3f} on the rest", flush=True)
+    report.add("ap_poison", float(np.mean([each.ap for each in found])), f"mean of {seeds} organisms")
+    report.add("recall10_poison", float(np.mean([each.recall10 for each in found])))
+
+
+def _half(planted: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """A random half, with half of the poisoned ones."""
+    rng, chosen = np.random.default_rng(seed), np.zeros(len(planted), dtype=bool)
+    for kind in (True, False):
+        rows = rng.permutation(np.flatnonzero(planted == kind))
+        chosen[rows[: len(rows) // 2]] = True
+    return chosen
+
+
+def _scores(made: Material, folder: Path) -> Iterator[tuple[str, F64]]:
+    """Every method and pooling, as indexes of the service answer them."""
+    ids = [example.id for example in made.lists.examples]
+    with Lab(folder) as lab:
+        end = made.points[-1][1]
+        model = lab.model("model", end, checkpoints=[(path, 1.0) for _, path in made.points[:-1]])
+        lab.dataset("train", made.lists.examples)
+        lab.dataset("queries", made.lists.queries)
+        for pooling in POOLINGS:
+            name = f"c-{pooling}"
+            lab.concept(name, model, _direction(made, end, pooling), layer=made.layer, pooling=pooling)
+            kinds: list[IndexKind] = [IndexKind.ACTIVATION, IndexKind.INFLUENCE]
+            about: dict[str, Any] = {"kinds": tuple(kinds), "pooling": pooling, "query_sets": ("queries",)}
+            index, _ = lab.build(f"i-{pooling}".replace("_", "-"), "model", "train", made.layer, **about)
+            yield f"vector_filter, {pooling}", lab.scores(index, ids, concept=name, method=Method.VECTOR_FILTER)
+            yield f"concept_influence, {pooling}", lab.scores(index, ids, concept=name, query_set="queries")
+        index, _ = lab.build("g", "model", "train", made.layer)
+        method = Method.INFLUENCE_FUNCTION
+        yield "influence_function", lab.scores(index, ids, query_set="queries", method=method, damping=1.0)
+
+
+def _direction(made: Material, model: Path, pooling: Pooling) -> NDArray[np.float32]:
+    loaded, tokenizer = load_model(model)
+
+    def mean(examples: tuple[Example, ...]) -> F64:
+        return measure(loaded, measurable(tokenizer, examples, pooling), made.layer).dot
+
+    difference = mean(made.lists.positive) - mean(made.lists.negative)
+    return (difference / np.linalg.norm(difference)).astype(np.float32)
