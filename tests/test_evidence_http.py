@@ -237,7 +237,7 @@ def test_a_validation_is_a_job_with_a_plan_and_then_a_verdict(built, client: Cli
         ({"design": {"group_by": "nothing"}}, "unknown_field", "design.group_by"),
         ({"design": {"subset": 3}}, "invalid_request", "design.subset"),
         ({"recipe": {"learning_rate": -1}}, "invalid_request", "recipe.learning_rate"),
-        ({"method": "vector_filter", "query_set": None}, "kind_not_indexed", "method"),
+        ({"method": "vector_filter", "query_set": None}, "query_set_needed", "query_set"),
         ({"concept": "nobody"}, "concept_not_found", "concept"),
     ],
 )
