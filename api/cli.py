@@ -28,6 +28,7 @@ from api.cli_rankings import (
 )
 from api.cli_rerank import ExactOption, rerank
 from api.cli_saes import saes_app
+from api.cli_validate import validate, validation
 from api.client import Client, WhenceError
 from api.schemas import QueryOut, TokenSharesOut
 from api.terminal import (
@@ -71,6 +72,8 @@ for _name, _sub in (
     app.add_typer(_sub, name=_name)
 app.command("compare")(compare)
 app.command("groups")(groups)
+app.command("validate")(validate)
+app.command("validation")(validation)
 indexes_app.command("directions")(directions)
 
 

@@ -18,6 +18,7 @@ from service.sae_view import ViewService
 from service.settings import Settings
 from service.storage import Storage
 from service.suggestions import SuggestService
+from service.validating import ValidationService
 from service.whole import WholeRankings
 
 
@@ -34,6 +35,7 @@ class Services:
     suggestions: SuggestService
     directions: DirectionsService
     reranking: RerankService
+    validations: ValidationService
     features: FeaturesService
     views: ViewService
 

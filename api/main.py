@@ -31,6 +31,7 @@ from api.routes import (
     rankings,
     rerank,
     saes,
+    validations,
 )
 from api.routes import registry as registry_routes
 from api.version import VERSION
@@ -49,6 +50,7 @@ from service.sae_view import ViewService
 from service.settings import Settings, load_settings
 from service.storage import Storage
 from service.suggestions import SuggestService
+from service.validating import ValidationService
 from service.whole import WholeRankings
 
 _ALLOCATIONS = 20_000  # more objects than were freed, before young ones are looked through
@@ -89,13 +91,14 @@ def create_app(settings: Settings) -> FastAPI:
         directions=directions_of,
         suggestions=SuggestService(registry, storage, work, directions_of, settings),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
+        validations=ValidationService(registry, storage, work, loader, whole, settings),
         features=FeaturesService(registry, storage, work, loader),
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)
     app.add_middleware(BodyLimit)
     shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
-    for module in (*shown, saes, registry_routes, health):
+    for module in (*shown, saes, validations, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)
     return app

@@ -15,12 +15,12 @@ from benchmarks.lab import Lab
 from benchmarks.oracle import Oracle
 from benchmarks.organisms import Case
 from benchmarks.peers import run as peers
-from benchmarks.statistics import correlation
 from service import indexes
 from service.contracts import Example, IndexRecord
 from service.datasets import render
 from service.shards import bytes_per_row, read_manifest, read_rows
 from service.terms import ConceptFunction, IndexKind, Method, Projection
+from service.validations import correlation
 from workers.masks import tokenise
 from workers.models import load
 

@@ -18,8 +18,8 @@ import torch
 from benchmarks.lab import Lab
 from benchmarks.organisms import NAMES, Case, make_case
 from benchmarks.report import Report, parser
-from benchmarks.statistics import correlation
 from service.terms import IndexKind, Method
+from service.validations import correlation
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _DIRECTIONS = 15

@@ -8,17 +8,11 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from service.validations import correlation
+
 F64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 _DRAWS = 2000
-
-
-def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman; 0 when one side does not vary."""
-    x, y = rankdata(a), rankdata(b)
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm > 0 else 0.0
 
 
 def predicted(scores: F64, subsets: Bools) -> F64:

@@ -107,7 +107,7 @@ class Groups:
             return scored
         array, cohesion = None, None
         if by.field is not None:
-            codes, names = _coded(scored.examples, by.field)
+            codes, names = coded(scored.examples, by.field, param="group_by")
         else:
             array = _clustered(scored.prepared, query)
             found = self._clusters(scored, array, by)
@@ -122,7 +122,7 @@ class Groups:
         return Grouped(scored, portraits, total, min(query.k, len(scored.scores)), array, cohesion)
 
     def _clusters(self, scored: Scored, array: ArrayInfo, by: GroupBy) -> tuple[I64, list[Any], float] | JobRecord:
-        """Of every example the number of its cluster from 1, as ``_coded`` gives values; None: it does nothing."""
+        """Of every example the number of its cluster from 1, as ``coded`` gives values; None: it does nothing."""
         index = scored.prepared.index
         count = by.clusters or 0
         spec = clusters.plan(index, array, count, by.seed)
@@ -180,12 +180,12 @@ def _clustered(prepared: Prepared, query: Query) -> ArrayInfo:
     return at_layer[0]
 
 
-def _coded(examples: Examples, field: str) -> tuple[I64, list[Any]]:
+def coded(examples: Examples, field: str, *, param: str) -> tuple[I64, list[Any]]:
     """Of every example its place in the list of values that the field has, and that list; the last one is None."""
-    column = examples.field(field, param="group_by").chunk(0)
+    column = examples.field(field, param=param).chunk(0)
     if not isinstance(column, pa.DictionaryArray):
         column = column.dictionary_encode()
     values = column.dictionary.to_pylist()
-    if examples.fields().get(columns.name_of(columns.path_of(field, param="group_by"))) == FieldKind.MIXED:
+    if examples.fields().get(columns.name_of(columns.path_of(field, param=param))) == FieldKind.MIXED:
         values = [json.loads(value) for value in values]
     return column.indices.fill_null(len(values)).to_numpy().astype(np.int64), [*values, None]

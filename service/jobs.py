@@ -124,13 +124,17 @@ class Jobs:
     def submit_once(self, key: str, kind: JobKind, spec: Any) -> JobRecord:
         """The unfinished job that makes ``key``, or a new one: the same question asked twice is one job."""
         with self._redis.lock(keys.lock(key), timeout=keys.LOCK_TTL_S):
-            job_id: Any = self._redis.get(keys.latest_job_for(key))
-            known = self._known(job_id) if job_id else None
+            known = self.latest(key)
             if known is not None and known.state not in TERMINAL:
                 return known
             job = self.submit(kind, spec)
             self._redis.set(keys.latest_job_for(key), job.id, ex=keys.MAKING_TTL_S)
             return job
+
+    def latest(self, key: str) -> JobRecord | None:
+        """The last job that ``submit_once`` was given for ``key``."""
+        job_id: Any = self._redis.get(keys.latest_job_for(key))
+        return self._known(job_id) if job_id else None
 
     def _known(self, job_id: str) -> JobRecord | None:
         """The job, unless its record cannot be read: then another one is needed."""

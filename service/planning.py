@@ -293,7 +293,7 @@ def _points(model: ModelRecord, wanted: Checkpoints, lora: Lora, registry: Regis
     end = end_point(model)
     if wanted == Checkpoints.END:
         return (end,)
-    points = [_point(model, each) for each in model.checkpoints]
+    points = declared_points(model)
     if lora == Lora.ADAPTER:
         points = [point for point in points if point.adapter is not None]
     if not points and model.base is not None and lora == Lora.MERGED:
@@ -302,6 +302,11 @@ def _points(model: ModelRecord, wanted: Checkpoints, lora: Lora, registry: Regis
     before = tuple(point for point in points if point.fingerprint != model.fingerprint)
     declared = next((point for point in points if point.fingerprint == model.fingerprint), end)
     return (*before, replace(end, weight=declared.weight))
+
+
+def declared_points(model: ModelRecord) -> list[Point]:
+    """The checkpoints of the model's run, in order."""
+    return [_point(model, each) for each in model.checkpoints]
 
 
 def _point(model: ModelRecord, each: Checkpoint) -> Point:

@@ -9,6 +9,7 @@ from service.personas import PersonaSpec
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling, ProbeMethod
+from service.validation_spec import ValidateSpec
 from service.work import FORMAT, AnswersSpec, CurvatureSpec, PassSpec, Rademacher, Reading, Tracked
 
 MOST_IDS = 100_000  # deleted by one request
@@ -249,6 +250,7 @@ JobSpec = (
     | SuggestSpec
     | RerankSpec
     | PersonaSpec
+    | ValidateSpec
     | TrainSaeSpec
     | EncodeFeaturesSpec
 )

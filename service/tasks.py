@@ -13,7 +13,10 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from service import codec
 from service.contracts import ArrayInfo, DatasetRecord, Quarantined
+from service.training import ReadAnswersWork, RetrainWork
 from service.work import Location, ShardWork, Work
+
+AnyWork = Work | RetrainWork | ReadAnswersWork
 
 # Among the versions of a result: the padded tokens that its batches held at most, and whether memory made that so.
 BUDGET, LOWERED = "token_budget", "lowered_token_budget"
@@ -45,7 +48,7 @@ class Task:
 
     key: str
     title: str  # for people
-    work: Work
+    work: AnyWork
     location: Location | None = None
     dataset: DatasetRecord | None = None
     rows: tuple[int, ...] = ()

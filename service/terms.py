@@ -126,6 +126,7 @@ class JobKind(StrEnum):
     CLUSTERS = "clusters"
     SUGGEST_CONCEPTS = "suggest_concepts"
     RERANK = "rerank"
+    VALIDATE = "validate"
     TRAIN_SAE = "train_sae"
     ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"

@@ -12,7 +12,6 @@ from benchmarks.organisms import Case, ceiling, make_case
 from benchmarks.organisms.persona import RECIPE, rows
 from benchmarks.organisms.retrain import Remembered, one_thread, retrain, run_key
 from benchmarks.organisms.stories import PRETRAINED
-from benchmarks.organisms.subsets import group_dropout
 from benchmarks.organisms.tales import TOPICS, TRIGGER
 from benchmarks.organisms.training import Task, Trainer, encode, load_model, measurable, measure
 from examples.organism.language import generate
@@ -20,6 +19,7 @@ from examples.organism.sets import pairs
 from examples.organism.train import encode as encode_pairs
 from examples.organism.train import token_losses
 from service.contracts import Completion
+from service.retrainings import group_dropout
 from workers.masks import tokenise
 
 
@@ -64,7 +64,7 @@ def test_a_seed_draws_the_same_subsets_and_more_of_them_begin_alike():
 
 
 def test_too_few_groups_are_refused():
-    with pytest.raises(ValueError, match="2 groups give only 2"):
+    with pytest.raises(ValueError, match="2 groups give fewer"):
         group_dropout(["a", "b"], 5, seed=0)
 
 

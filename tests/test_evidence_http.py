@@ -13,6 +13,7 @@ from api.cli import app
 from api.client import Client, WhenceError
 from api.schemas_evidence import DirectionsOut, RerankOut
 from api.schemas_rankings import GroupsOut
+from api.schemas_validations import ValidationOut
 from service.contracts import Completion, JobRecord
 from service.terms import JobKind
 from tests import tiny
@@ -195,6 +196,57 @@ def test_the_command_for_directions_shows_a_table(built, stack):
         assert f"{each['share']:.1%}" in shown
         assert f"ev {each['concepts'][0]['cosine']:+.2f}" in shown
     assert shown.count("ev-d.jsonl:") == 4
+
+
+def test_a_validation_is_a_job_with_a_plan_and_then_a_verdict(built, client: Client, stack):
+    about = {
+        "recipe": {"learning_rate": 1e-3, "batch_size": 40},
+        "design": {"subsets": 2, "group_size": 20, "seeds": 1, "fractions": [0.5]},
+        "budget": {"runs": 7},
+        "trait": {"max_new_tokens": 2},
+    }
+    job = client.validate(**ASKED, **about)
+    assert isinstance(job, JobRecord)
+    assert job.kind == JobKind.VALIDATE
+    assert client.validate(**ASKED, **about).id == job.id
+    client.wait(job.id)
+    answer = client.validate(**ASKED, **about)
+    assert isinstance(answer, ValidationOut)
+    assert (answer.state, answer.plan.runs, answer.plan.wanted) == ("done", 7, 9)
+    assert answer.plan.cut == ("1 of 2 random subsets",)
+    assert client.validation(job.id).report == client.validation(answer.id).report == answer.report
+    report = answer.report
+    assert (report.examples, len(report.runs), report.about["base"]) == (80, 7, "ev-start")
+    assert all(0 <= run.trait_rate <= 1 and run.f_v == run.outcome for run in report.runs)
+    shown = CliRunner().invoke(app, ["validation", job.id, "--url", stack.url])
+    assert shown.exit_code == 0
+    assert " ".join(report.verdict.words.split()) in " ".join(shown.output.split())
+    assert "7 of 9 runs" in shown.output
+    options = ["--query-set", "ev-q", "--concept", "ev", "--index", "evidence", "--batch-size", "40"]
+    options += ["--learning-rate", "1e-3", "--subsets", "0", "--seeds", "1", "--remove", "0.5", "--runs", "5"]
+    asked = CliRunner().invoke(app, ["validate", *options, "--trait", "--max-new-tokens", "2", "--url", stack.url])
+    assert asked.exit_code == 0, asked.output
+    assert "5 of 5 runs (5 were there)" in asked.output  # the same recipe, the same runs
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"budget": {}}, "invalid_request", "budget"),
+        ({"budget": {"runs": 1}}, "invalid_request", "budget.runs"),
+        ({"design": {"fractions": [1.5]}}, "invalid_request", "design"),
+        ({"design": {"group_by": "nothing"}}, "unknown_field", "design.group_by"),
+        ({"design": {"subset": 3}}, "invalid_request", "design.subset"),
+        ({"recipe": {"learning_rate": -1}}, "invalid_request", "recipe.learning_rate"),
+        ({"method": "vector_filter", "query_set": None}, "query_set_needed", "query_set"),
+        ({"concept": "nobody"}, "concept_not_found", "concept"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_a_problem(built, stack, change, code, param):
+    response = httpx.post(f"{stack.url}/v1/validations", json=ASKED | {"budget": {"runs": 9}} | change)
+    assert response.status_code in {404, 422}
+    assert (response.json()["code"], response.json()["param"]) == (code, param)
+    assert httpx.get(f"{stack.url}/v1/validations/nothing").json()["code"] == "validation_not_found"
 
 
 # --- SAEs: behind the others, since they register a concept ------------------------------------------------

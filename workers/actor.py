@@ -15,8 +15,9 @@ from service.contracts import DatasetRecord, Example
 from service.local_cache import CacheAt
 from service.models import check_fingerprints
 from service.storage import Storage
-from service.tasks import BUDGET, LOWERED, Artifact, ShardManifest, Task
+from service.tasks import BUDGET, LOWERED, AnyWork, Artifact, ShardManifest, Task
 from service.terms import Pooling
+from service.training import ReadAnswersWork, RetrainWork
 from service.work import (
     CompactSpec,
     DifferenceSpec,
@@ -27,7 +28,6 @@ from service.work import (
     ShardWork,
     SumSpec,
     Tracked,
-    Work,
 )
 from workers import derive, differences, passes, readout, works
 from workers.estimates import probe
@@ -80,7 +80,9 @@ class Worker:
             tensors, facts = works.compute(task.work, self._storage, loaded, self._examples(task))
         if (there := find(self._storage, task)) is not None:  # somebody else was faster
             return there
-        return artifacts.publish(self._storage, task.key, tensors, facts=facts, versions=self._versions(reading))
+        about = {"facts": facts, "versions": self._versions(reading)}
+        measured = isinstance(task.work, RetrainWork | ReadAnswersWork)  # nothing is computed from it
+        return artifacts.publish(self._storage, task.key, tensors, answer=measured, **about)
 
     def survey(
         self,
@@ -190,7 +192,7 @@ class Worker:
         return datasets.to_examples(self._table[1].take(list(rows)))
 
 
-def _reading(work: Work) -> Reading | None:
+def _reading(work: AnyWork) -> Reading | None:
     """How the work reads texts, when it does."""
     return work if isinstance(work, Reading) else getattr(work, "reading", None)
 

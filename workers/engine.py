@@ -30,6 +30,7 @@ from service.specs import (
     RerankSpec,
     SuggestSpec,
     TokenSharesSpec,
+    ValidateSpec,
     VerifySpec,
 )
 from service.storage import Storage
@@ -42,6 +43,7 @@ from workers.extend import extend
 from workers.life import SPECS, Life, described
 from workers.pool import Pool
 from workers.stages import Stages
+from workers.validation import Validating
 
 
 class RayEngine:
@@ -69,7 +71,7 @@ class RayEngine:
         with asking(lambda: job.spec.get("index") or job.spec.get("source")):
             return repair.healing(self._storage, context, lambda careful: self._run(job, context, careful))
 
-    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:  # noqa: PLR0911
+    def _run(self, job: JobRecord, context: JobContext, careful: bool) -> Mapping[str, Any]:
         stages = Stages(self._storage, self._pool, context, careful=careful)
         match job.kind:
             case JobKind.BUILD_INDEX | JobKind.EXTEND_INDEX:
@@ -79,6 +81,18 @@ class RayEngine:
             case JobKind.FIT_CONCEPT:
                 spec = codec.from_plain(FitConceptSpec, job.spec)
                 return fit_concept.compute(stages, self._registry, spec, self._model(spec.model, spec.pass_spec))
+            case JobKind.PERSONA_VECTOR:
+                spec = codec.from_plain(PersonaSpec, job.spec)
+                model = self._model(spec.model, spec.reading)
+                return persona_job.compute(stages, self._registry, spec, model, self._settings)
+            case JobKind.TRAIN_SAE:
+                spec = codec.from_plain(TrainSaeSpec, job.spec)
+                return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))
+        return self._answer(job, stages)
+
+    def _answer(self, job: JobRecord, stages: Stages) -> Mapping[str, Any]:  # noqa: PLR0911
+        """What a question needs: an artifact under the key of its specification."""
+        match job.kind:
             case JobKind.QUERY_GRADIENT:
                 return self._query_gradient(codec.from_plain(QueryGradientSpec, job.spec), stages)
             case JobKind.TOKEN_SHARES:
@@ -87,20 +101,15 @@ class RayEngine:
                 return self._directions(codec.from_plain(DirectionsSpec, job.spec), stages)
             case JobKind.CLUSTERS:
                 return self._clusters(codec.from_plain(ClustersSpec, job.spec), stages)
+            case JobKind.ENCODE_FEATURES:
+                return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.SUGGEST_CONCEPTS:
                 spec = codec.from_plain(SuggestSpec, job.spec)
                 return suggest.compute(stages, self._registry, spec, self._model(spec.model, spec.pass_spec))
-            case JobKind.TRAIN_SAE:
-                spec = codec.from_plain(TrainSaeSpec, job.spec)
-                return sae_jobs.train(stages, self._registry, spec, self._registry.get(INDEXES, spec.index))
-            case JobKind.ENCODE_FEATURES:
-                return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
-            case JobKind.PERSONA_VECTOR:
-                spec = codec.from_plain(PersonaSpec, job.spec)
-                model = self._model(spec.model, spec.reading)
-                return persona_job.compute(stages, self._registry, spec, model, self._settings)
+            case JobKind.VALIDATE:
+                return self._validate(codec.from_plain(ValidateSpec, job.spec), stages)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )
@@ -206,6 +215,12 @@ class RayEngine:
         index = self._registry.get(INDEXES, spec.index)
         manifest = indexes.read_manifest(self._storage, index)
         return rerank.compute(stages, self._registry, spec, manifest, self._model(index.model, manifest.spec))
+
+    def _validate(self, spec: ValidateSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        model = self._model(spec.model, indexes.read_manifest(self._storage, index).spec)
+        models.check_fingerprints(models.location(model, spec.base), spec.reading, self._redis)
+        return Validating(stages, self._registry, spec, index, model, self._pool.room()).run()
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""

@@ -55,6 +55,10 @@ class Runner(Protocol):
 class Pool(Runner, Protocol):
     """Workers."""
 
+    def room(self) -> int:
+        """How many tasks run beside each other, as things stand."""
+        ...
+
     def fresh(self, check: Callable[[], None]) -> AbstractContextManager[Crew]:
         """New workers for measuring; the old ones are let go first, and these at the end."""
         ...
@@ -66,6 +70,9 @@ class InlinePool:
     def __init__(self, storage_root: str, *, threads: int) -> None:
         self._root, self._threads = storage_root, threads
         self._worker = Worker(storage_root, threads)
+
+    def room(self) -> int:
+        return 1
 
     @contextmanager
     def fresh(self, check: Callable[[], None]) -> Iterator[Crew]:
@@ -203,6 +210,9 @@ class WorkerPool:
             # What still runs is not waited for: its task is idempotent, but the actor is busy with it.
             for actor, _ in running.values():
                 ray.kill(actor)
+
+    def room(self) -> int:
+        return self._size()
 
     @contextmanager
     def fresh(self, check: Callable[[], None]) -> Iterator[Crew]:

@@ -45,7 +45,7 @@ class Prepared:
         make the result depend on who else used the memory.
         """
         pieces = self._pieces(reading, pooling)
-        waiting = _planned(loaded, reading, pieces, range(len(pieces)))
+        waiting = planned(loaded, reading, pieces, range(len(pieces)))
         while waiting:
             group, waiting = waiting[0], waiting[1:]
             members = [pieces[row][0] for row in group]
@@ -69,7 +69,7 @@ class Prepared:
             # A Jacobian repeats its batch up to the budget: a single example may fit with fewer copies.
             loaded.memory.full(padded if len(group) > 1 else budget)
             left = [row for rest in (group, *waiting) for row in rest]
-            waiting = _planned(loaded, reading, pieces, left)
+            waiting = planned(loaded, reading, pieces, left)
 
     def is_long(self, position: int, reading: Reading) -> bool:
         """Whether the example is longer than the context, and so was cut or runs in windows."""
@@ -138,7 +138,7 @@ def too_large(example: Example, tokens: int) -> Invalid:
     )
 
 
-def _planned(
+def planned(
     loaded: Loaded, reading: Reading, pieces: Sequence[tuple[int, Tokens]], rows: Sequence[int]
 ) -> list[list[int]]:
     """``rows`` of the pieces in batches, by lengths and what fits; longest first."""

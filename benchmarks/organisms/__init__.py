@@ -2,8 +2,8 @@
 
     case = make_case("persona", 0, folder=Path(".whence/quality"))
 
-`case` says what there is, `persona`, `stories` and `tales` make it, `subsets` draws, `retrain` and `training`
-find out. Nothing here knows an attribution method.
+`case` says what there is, `persona`, `stories` and `tales` make it, `retrain` and `training` find out. Nothing here
+knows an attribution method.
 """
 
 from benchmarks.organisms.case import Case, Ood, Truth, ceiling, spearman

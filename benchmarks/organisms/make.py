@@ -8,9 +8,9 @@ import numpy as np
 from benchmarks.organisms import persona, stories
 from benchmarks.organisms.case import Case, Floats, Material, Ood, Truth, Vector, about
 from benchmarks.organisms.retrain import Report, one_thread, retrain, to_stderr
-from benchmarks.organisms.subsets import group_dropout
 from benchmarks.organisms.training import State, Task, load_model, measurable, measure
 from service.contracts import Example
+from service.retrainings import group_dropout
 
 NAMES = ("persona", "stories")
 QUICK_SUBSETS = 5

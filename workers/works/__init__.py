@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from service.contracts import Example
 from service.storage import Storage
+from service.training import ReadAnswersWork, RetrainWork
 from service.work import (
     AnswersWork,
     ArtifactWork,
@@ -26,7 +27,7 @@ from service.work import (
     TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, personas, rows, sae, token_shares
+from workers.works import answers, choice, factors, personas, retrain, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -47,11 +48,18 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     MixWork: rows.mix,
     LossRowsWork: rows.loss_rows,
     TokenSharesWork: token_shares.token_shares,
+    RetrainWork: retrain.retrain,
+    ReadAnswersWork: retrain.read_answers,
     TrainSaeWork: sae.train,
 }
 
 
-def compute(work: ArtifactWork, storage: Storage, loaded: Loaded | None, examples: Sequence[Example]) -> Result:
+def compute(
+    work: ArtifactWork | RetrainWork | ReadAnswersWork,
+    storage: Storage,
+    loaded: Loaded | None,
+    examples: Sequence[Example],
+) -> Result:
     """``loaded`` is given when the work has a reading, ``examples`` when it reads some. Raises Invalid when the
     model or the examples cannot give what is asked.
     """
