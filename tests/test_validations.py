@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lab import Lab, Quiet
 from service import artifacts, concepts
+from service.concept_planning import ConceptRequest, plan_concept
 from service.contracts import Completion, Example, JobRecord
 from service.datasets import example_id
 from service.errors import Interrupted, Invalid, NotFound
 from service.loading import IndexLoader
-from service.planning import ConceptRequest, plan_concept
 from service.queries import QueryService
 from service.questions import Query
 from service.registry import CONCEPTS, MODELS
 from service.tasks import Task
-from service.terms import JobKind, LongExamples, LossReduction, Method, Order, Pooling
+from service.terms import JobKind, LongExamples, LossReduction, Method, Order, Pooling, ProbeMethod
 from service.training import LoraRecipe, Recipe, RetrainWork, Schedule
 from service.validating import (
     RecipeRequest,
@@ -84,8 +84,10 @@ class World:
         lab.model("m", root / "end", base="base")
         for name, rows in {"d": TRAIN, "q": QUERIES, "rude": RUDE, "kind": KIND}.items():
             lab.dataset(name, rows)
-        fit = ConceptRequest("rude", "m", "rude", "kind", LAYER, POOLING, None)
-        lab.run(JobKind.FIT_CONCEPT, plan_concept(fit, lab.registry, lab.settings))
+        fit = ConceptRequest(
+            "rude", "m", "rude", "kind", None, None, LAYER, None, ProbeMethod.DIFFERENCE_OF_MEANS, (), POOLING, None
+        )
+        lab.run(JobKind.FIT_CONCEPT, plan_concept(fit, lab.registry, lab.storage, lab.settings))
         self.build("i", "m")
         loader = IndexLoader(lab.registry, lab.storage, threads=1)
         queries = QueryService(lab.registry, lab.storage, lab.jobs, loader, shard_size=32)
