@@ -3,18 +3,19 @@
     python -m benchmarks.concepts                     # everything
     python -m benchmarks.concepts --only remove       # one part
 
-Parts: ``remove`` (benchmarks/removal.py), ``poison`` (benchmarks/poison.py).
+Parts: ``remove`` (removal.py), ``served`` (concept_http.py) and ``poison`` (poison.py), beside this file.
 """
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.concept_http import ask
 from benchmarks.poison import find
 from benchmarks.removal import remove
 from benchmarks.report import Report, parser
 
-PARTS = ("remove", "poison")
+PARTS = ("remove", "poison", "served")
 
 
 def main() -> None:
@@ -24,10 +25,12 @@ def main() -> None:
     options.add_argument("--organisms", type=int, default=4, help="of persona, each with its own data")
     options.add_argument("--seeds", type=int, default=6, help="of training, for each organism of persona")
     options.add_argument("--stories", type=int, default=3, help="organisms of stories")
+    options.add_argument("--subsets", type=int, default=40, help="that the validation retrains on, twice each")
     options.add_argument("--processes", type=int, default=2, help="that retrain side by side")
     chosen = options.parse_args()
     if chosen.quick:
         chosen.organisms, chosen.seeds, chosen.stories, chosen.processes = 1, 2, 1, 1
+        chosen.subsets = 4
     report = Report()
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.folder or Path(scratch)
@@ -40,6 +43,7 @@ def main() -> None:
                 processes=chosen.processes,
                 quick=chosen.quick,
             ),
+            "served": lambda: ask(report, folder / "remove", subsets=chosen.subsets, quick=chosen.quick),
             "poison": lambda: find(report, folder / "poison", seeds=chosen.stories, quick=chosen.quick),
         }
         for name in PARTS:

@@ -2,8 +2,8 @@
 
 Half of the training examples are a validation split whose labels are known: each method with each pooling ranks
 them; the one with the highest average precision is then asked about the other half, which alone is reported.
-Methods that compare activations use the difference of means between twins that are in no training data, pooled
-alike; ``influence_function`` asks for the loss on the query set.
+Concepts are fitted between twins that are in no training data, by difference of means and by LDA, pooled like the
+index; ``influence_function`` asks for the loss on the query set.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,14 @@ from benchmarks.lab import Lab
 from benchmarks.organisms import stories
 from benchmarks.organisms.case import Material
 from benchmarks.organisms.retrain import one_thread, to_stderr
-from benchmarks.organisms.training import load_model, measurable, measure
 from benchmarks.report import Report
 from benchmarks.statistics import retrieval
-from service.contracts import Example
-from service.terms import IndexKind, Method, Pooling
+from service.concept_planning import ConceptRequest, plan_concept
+from service.registry import CONCEPTS
+from service.terms import IndexKind, JobKind, Method, Pooling, ProbeMethod
 
 POOLINGS = (Pooling.RESPONSE_MEAN, Pooling.ALL_MEAN, Pooling.LAST_PROMPT_TOKEN, Pooling.LAST_TOKEN)
+PROBES = (ProbeMethod.DIFFERENCE_OF_MEANS, ProbeMethod.LDA)
 F64 = NDArray[np.float64]
 
 
@@ -47,7 +48,7 @@ def find(report: Report, folder: Path, *, seeds: int, quick: bool) -> None:
         print(f"stories {seed}: {told}", flush=True)
         for name in sorted(known):
             other = retrieval(scored[name][~choosing], planted[~choosing])
-            print(f"  {name:44} AP {known[name].ap:.3f} chose, {other.ap:.3f} on the rest", flush=True)
+            print(f"  {name:56} AP {known[name].ap:.3f} chose, {other.ap:.3f} on the rest", flush=True)
     report.add("ap_poison", float(np.mean([each.ap for each in found])), f"mean of {seeds} organisms")
     report.add("recall10_poison", float(np.mean([each.recall10 for each in found])))
 
@@ -64,29 +65,34 @@ def _half(planted: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
 def _scores(made: Material, folder: Path) -> Iterator[tuple[str, F64]]:
     """Every method and pooling, as indexes of the service answer them."""
     ids = [example.id for example in made.lists.examples]
+    lists = made.lists
     with Lab(folder) as lab:
         end = made.points[-1][1]
-        model = lab.model("model", end, checkpoints=[(path, 1.0) for _, path in made.points[:-1]])
-        lab.dataset("train", made.lists.examples)
-        lab.dataset("queries", made.lists.queries)
+        lab.model("model", end, checkpoints=[(path, 1.0) for _, path in made.points[:-1]])
+        sets = {"train": lists.examples, "queries": lists.queries, "yes": lists.positive, "no": lists.negative}
+        for name, examples in sets.items():
+            lab.dataset(name, examples)
+        kinds = (IndexKind.ACTIVATION, IndexKind.INFLUENCE)
         for pooling in POOLINGS:
-            name = f"c-{pooling}"
-            lab.concept(name, model, _direction(made, end, pooling), layer=made.layer, pooling=pooling)
-            kinds: list[IndexKind] = [IndexKind.ACTIVATION, IndexKind.INFLUENCE]
-            about: dict[str, Any] = {"kinds": tuple(kinds), "pooling": pooling, "query_sets": ("queries",)}
+            about: dict[str, Any] = {"kinds": kinds, "pooling": pooling, "query_sets": ("queries",)}
             index, _ = lab.build(f"i-{pooling}".replace("_", "-"), "model", "train", made.layer, **about)
-            yield f"vector_filter, {pooling}", lab.scores(index, ids, concept=name, method=Method.VECTOR_FILTER)
-            yield f"concept_influence, {pooling}", lab.scores(index, ids, concept=name, query_set="queries")
+            for probe in PROBES:
+                concept = _fit(lab, made.layer, pooling, probe)
+                told = f"{probe}, {pooling}"
+                yield (
+                    f"vector_filter by {told}",
+                    lab.scores(index, ids, concept=concept, method=Method.VECTOR_FILTER),
+                )
+                yield f"concept_influence by {told}", lab.scores(index, ids, concept=concept, query_set="queries")
         index, _ = lab.build("g", "model", "train", made.layer)
         method = Method.INFLUENCE_FUNCTION
         yield "influence_function", lab.scores(index, ids, query_set="queries", method=method, damping=1.0)
 
 
-def _direction(made: Material, model: Path, pooling: Pooling) -> NDArray[np.float32]:
-    loaded, tokenizer = load_model(model)
-
-    def mean(examples: tuple[Example, ...]) -> F64:
-        return measure(loaded, measurable(tokenizer, examples, pooling), made.layer).dot
-
-    difference = mean(made.lists.positive) - mean(made.lists.negative)
-    return (difference / np.linalg.norm(difference)).astype(np.float32)
+def _fit(lab: Lab, layer: int, pooling: Pooling, probe: ProbeMethod) -> str:
+    """A concept between the twins, as ``whence concepts fit`` makes it."""
+    name = f"{probe}-{pooling}"
+    if lab.registry.find(CONCEPTS, name) is None:
+        request = ConceptRequest(name, "model", "yes", "no", None, None, layer, None, probe, (), pooling, None)
+        lab.run(JobKind.FIT_CONCEPT, plan_concept(request, lab.registry, lab.storage, lab.settings))
+    return name
