@@ -17,6 +17,7 @@ from uuid import uuid4
 import httpx
 
 from api.client_concepts import ConceptCalls
+from api.client_health import HealthCalls
 from api.client_saes import SaesClient
 from api.schemas import EventPage, Health, QuarantinePage, QueryOut, TokenSharesOut
 from api.schemas_evidence import DirectionsOut, RerankOut
@@ -42,7 +43,7 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class Client(ConceptCalls, SaesClient):
+class Client(ConceptCalls, SaesClient, HealthCalls):
     """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------

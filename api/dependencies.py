@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request, Response
 from redis import Redis
 
+from service.concept_health import ConceptHealth
 from service.contracts import JobRecord
 from service.directions import DirectionsService
 from service.groups import Groups
@@ -32,6 +33,7 @@ class Services:
     groups: Groups
     directions: DirectionsService
     reranking: RerankService
+    health: ConceptHealth
     features: FeaturesService
     views: ViewService
 

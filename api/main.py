@@ -18,6 +18,7 @@ from api import problems
 from api.dependencies import Services
 from api.routes import (
     aliases,
+    concept_health,
     concepts,
     datasets,
     directions,
@@ -33,6 +34,7 @@ from api.routes import (
 from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
+from service.concept_health import ConceptHealth
 from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
 from service.groups import Groups
@@ -84,11 +86,24 @@ def create_app(settings: Settings) -> FastAPI:
         groups=Groups(whole, loader, storage, work),
         directions=DirectionsService(registry, storage, work, loader),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
+        health=ConceptHealth(registry, storage, work, ranked.reports, shard_size=settings.shard_size),
         features=FeaturesService(registry, storage, work, loader),
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)
-    shown = (models, datasets, indexes, aliases, directions, concepts, queries, rerank, rankings, jobs)
+    shown = (
+        models,
+        datasets,
+        indexes,
+        aliases,
+        directions,
+        concepts,
+        queries,
+        rerank,
+        concept_health,
+        rankings,
+        jobs,
+    )
     for module in (*shown, saes, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)

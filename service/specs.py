@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.health_records import HealthSpec
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
 from service.terms import ConceptFunction, IndexKind, JobKind, LossReduction, Method, Pooling, ProbeMethod
@@ -235,6 +236,7 @@ JobSpec = (
     | ClustersSpec
     | RerankSpec
     | TrainSaeSpec
+    | HealthSpec
     | EncodeFeaturesSpec
 )
 

@@ -126,6 +126,7 @@ class JobKind(StrEnum):
     CLUSTERS = "clusters"
     RERANK = "rerank"
     TRAIN_SAE = "train_sae"
+    CONCEPT_HEALTH = "concept_health"
     ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     TOKEN_SHARES = "token_shares"  # noqa: S105

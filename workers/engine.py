@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from service import artifacts, codec, concepts, indexes, models, succession
 from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
+from service.health_records import HealthSpec
 from service.matching import Asked, Missing, match
 from service.questions import pooling_of
 from service.registry import DATASETS, INDEXES, MODELS, Registry
@@ -32,7 +34,7 @@ from service.specs import (
 from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
+from workers import clusters, concept_health, directions_job, fit_concept, repair, rerank, sae_jobs, tokens
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -87,6 +89,8 @@ class RayEngine:
                 return self._encode_features(codec.from_plain(EncodeFeaturesSpec, job.spec), stages)
             case JobKind.RERANK:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
+            case JobKind.CONCEPT_HEALTH:
+                return self._concept_health(codec.from_plain(HealthSpec, job.spec), stages)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )
@@ -192,6 +196,13 @@ class RayEngine:
         index = self._registry.get(INDEXES, spec.index)
         manifest = indexes.read_manifest(self._storage, index)
         return rerank.compute(stages, self._registry, spec, manifest, self._model(index.model, manifest.spec))
+
+    def _concept_health(self, spec: HealthSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        manifest = indexes.read_manifest(self._storage, index)
+        model = self._model(index.model, manifest.spec)
+        missing = partial(self._query_gradient, stages=stages)
+        return concept_health.Health(stages, self._registry, spec, index, manifest, model, missing).run()
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""

@@ -18,13 +18,14 @@ from service.work import (
     MixWork,
     MomentWork,
     NarrowWork,
+    PooledWork,
     ScoutWork,
     ShapesWork,
     TokenSharesWork,
     TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, rows, sae, token_shares
+from workers.works import answers, choice, factors, pooled, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -44,6 +45,7 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     LossRowsWork: rows.loss_rows,
     TokenSharesWork: token_shares.token_shares,
     TrainSaeWork: sae.train,
+    PooledWork: pooled.pooled,
 }
 
 

@@ -1,0 +1,109 @@
+"""How f_v(Q) moved along a training run: its change, whether that is more than chance, and whether it turned.
+
+Pure numpy. ``values`` (points, n): f_v of every example of Q at every point of the run, base first and end last. Every
+example is measured at every point, so what is judged are differences of the same examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.rankings import student_95
+
+F64 = NDArray[np.float64]
+
+FLIPS = 9999
+_CHUNK = 1 << 22  # signs that are drawn at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over examples with its standard error and 95 % interval (Student's t); no error for one example."""
+
+    value: float
+    error: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """f_v(Q) at the end less at the base. ``p_value``: of the mean being zero, by flipping signs of examples.
+
+    ``spread``: standard deviation of f_v over the examples at the base; ``effect``: the change in units of it.
+    """
+
+    mean: Estimate
+    p_value: float
+    spread: float
+    effect: float | None  # None: no spread
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The point inside the run where f_v lies furthest outside what is between base and end.
+
+    ``rise``: from the base to it, ``back``: from it to the end. ``p_value``: of the weaker of both, times the points
+    and directions it was chosen from.
+    """
+
+    point: int
+    rise: float
+    back: float
+    p_value: float
+
+
+def estimate(values: F64) -> Estimate:
+    """(n,) → mean, error and interval."""
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Estimate(mean, None, None, None)
+    error = float(values.std(ddof=1) / np.sqrt(n))
+    half = student_95(n - 1) * error
+    return Estimate(mean, error, mean - half, mean + half)
+
+
+def sign_flip(differences: F64, *, seed: int, flips: int = FLIPS) -> float:
+    """Two-sided p-value of (n,) differences having mean zero: the share of random sign flips whose mean is as far
+    from zero. Exact up to sampling where each difference is symmetric about zero under the null hypothesis.
+    """
+    generator = np.random.default_rng(seed)
+    observed = abs(float(differences.sum()))
+    slack = 1e-12 * float(np.abs(differences).sum())
+    each, as_far = max(1, _CHUNK // max(1, len(differences))), 0
+    for start in range(0, flips, each):
+        signs = generator.integers(0, 2, (min(each, flips - start), len(differences)), dtype=np.int8) * 2 - 1
+        as_far += int(np.count_nonzero(np.abs(signs @ differences) >= observed - slack))
+    return (1 + as_far) / (flips + 1)
+
+
+def change(values: F64, *, seed: int) -> Change | None:
+    """From the first to the last point; None where there is one only."""
+    if len(values) < 2:
+        return None
+    difference = values[-1] - values[0]
+    spread = float(values[0].std(ddof=1)) if values.shape[1] > 1 else 0.0
+    mean = estimate(difference)
+    return Change(mean, sign_flip(difference, seed=seed), spread, mean.value / spread if spread > 0 else None)
+
+
+def turn(values: F64, *, seed: int) -> Turn | None:
+    """The most marked extreme inside the run, significant or not; None where f_v lies between base and end."""
+    means = values.mean(axis=1)
+    inner = range(1, len(values) - 1)
+    beyond = [min(sign * (means[p] - means[0]), sign * (means[p] - means[-1])) for p in inner for sign in (1, -1)]
+    if not beyond or max(beyond) <= 0:
+        return None
+    point = 1 + int(np.argmax(beyond)) // 2
+    tests = [values[point] - values[0], values[-1] - values[point]]
+    p_value = max(sign_flip(each, seed=seed) for each in tests) * len(beyond)
+    rise, back = (float(each.mean()) for each in tests)
+    return Turn(point, rise, back, min(1.0, p_value))
+
+
+def smallest_seen(differences: Sequence[float] | F64) -> float | None:
+    """The mean difference that a set of this size would show four times in five: 2.8 standard errors."""
+    error = estimate(np.asarray(differences, dtype=np.float64)).error
+    return None if error is None else 2.8 * error
