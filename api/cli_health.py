@@ -30,10 +30,10 @@ def health(
 ) -> None:
     """What speaks for and against attributions to a concept on this index?
 
-    `whence concepts health hostile --index train --query-set prompts` measures f_v on the prompts along the training
-    run (did it move, did it turn?), compares the rankings by gradients and by activations, and tests whether the
-    prompts, and what the concept was fitted on, lie in the domain of the training data. A job does so once; queries
-    on the same question then carry its warnings.
+    `whence concepts health hostile --index train --query-set prompts` measures f_v on the prompts along the
+    training run (did it move, did it turn?), compares the rankings by gradients and by activations, and tests
+    whether the prompts, and what the concept was fitted on, lie in the domain of the training data. A job does so
+    once; queries on the same question then carry its warnings.
     """
     options: dict[str, Any] = {"query_set": query_set, "concept_function": concept_function, "damping": damping}
     with connect(url) as client:
@@ -61,8 +61,8 @@ def show(found: HealthOut) -> None:
         each = found.agreement
         rho = "undefined" if each.spearman is None else f"{each.spearman:+.2f}"
         _say(
-            f"gradients against activations: Spearman {rho} over {each.examples:,} examples, {each.overlap:.0%} of the "
-            f"first {each.k} in common ({each.by_chance:.0%} by chance)"
+            f"gradients against activations: Spearman {rho} over {each.examples:,} examples, {each.overlap:.0%} of "
+            f"the first {each.k} in common ({each.by_chance:.0%} by chance)"
         )
     for said in found.absent.values():
         console.print(f"[dim]{escape(said)}[/dim]")
@@ -96,7 +96,8 @@ def _domain(found: DomainOut) -> str:
     verdict = "outside the index's domain" if found.outside else "within the index's domain"
     return (
         f"{verdict}: told from {found.against} of its examples of like length with AUROC {found.auroc:.2f} "
-        f"(p {found.p_value:.2g}; {found.examples} examples of {found.name}, {found.alike:.0%} have a like in length)"
+        f"(p {found.p_value:.2g}; {found.examples} examples of {found.name}, {found.alike:.0%} with a like in "
+        "length)"
     )
 
 

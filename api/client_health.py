@@ -14,9 +14,9 @@ class HealthCalls(Transport):
     """Methods raise WhenceError, or httpx.TransportError without a server."""
 
     def concept_health(self, *, index: str, concept: str | None = None, **options: Any) -> HealthOut | JobRecord:
-        """What speaks for and against attributions to a concept, or the job that finds out (``settle`` waits for it).
+        """What speaks for and against attributions to a concept, or the job that finds out (``settle`` waits).
 
-        ``options`` as in ``api.schemas_health.HealthIn`` (query_set, concept_function, damping, concepts, vector, …).
+        ``options`` as in ``api.schemas_health.HealthIn`` (query_set, concept_function, damping, vector, …).
         """
         response = self._send("POST", "/v1/queries/health", json={"index": index, "concept": concept, **options})
         if response.status_code == httpx.codes.ACCEPTED:

@@ -36,7 +36,8 @@ _MOST_ABSENT = 4096
 
 @dataclass(frozen=True)
 class HealthRequest:
-    """A direction, said as in a query, and what it is asked of. ``query_set``: may be left out where there is one."""
+    """A direction, said as in a query, and what it is asked of. ``query_set`` may be left out where there is
+    one."""
 
     index: str
     concept: str | None
@@ -50,7 +51,7 @@ class HealthRequest:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about, beside the index. ``query_set`` None: there is none, or ``several`` to choose from."""
+    """What a report is about, beside the index. ``query_set`` None: there is none, or ``several``."""
 
     query_set: str | None
     fingerprint: str | None

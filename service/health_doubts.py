@@ -1,7 +1,7 @@
 """What a concept health report means: its warnings in plain words, and the thresholds behind them.
 
-Thresholds are applied when a report is read, so that changing one needs no model. Every one of them is an effect size
-beside a p-value: with enough examples every difference is significant. Measured in docs/decisions/0021.
+Thresholds are applied when a report is read, so that changing one needs no model. An effect size stands beside
+every p-value: with enough examples every difference is significant. How they were chosen: docs/decisions/0023.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from service.health_records import Agreement, Domain, Movement, Report
 
 P = 0.05  # of movements
-P_DOMAIN = 0.01  # reports are read often, and false alarms make people stop reading
+P_DOMAIN = 0.01  # whoever is warned for nothing stops reading
 LEAST_EFFECT = 0.05  # of the spread of f_v over Q: a change below it is none
 LEAST_BACK = 0.1  # of the rise: a turn below it is none
-SEEN = 0.2  # of the spread: a change that Q should be able to show
+SEEN = 0.2  # of the spread: the change that Q should be able to show
+POWER = 2.8  # standard errors of a change that is found four times in five
 FEW = 20  # examples of Q
 ROUGH = 0.5  # standard error of the change over the change
 OUT_OF_DOMAIN = 0.7  # AUROC of the two-sample test
@@ -30,18 +31,26 @@ class Doubt:
 
 
 def doubts(report: Report) -> tuple[Doubt, ...]:
-    """Everything that speaks against trusting an attribution, most serious first; empty: nothing was found."""
-    found: list[Doubt] = []
+    """What speaks against trusting attributions to the concept; empty: nothing was found."""
+    found: list[Doubt | None] = []
     if report.movement is not None:
-        found += _movement(report, report.movement)
+        found += [_turn(report, report.movement), _change(report, report.movement)]
     if report.domain is not None:
-        found += _domain(report.domain, f"Query set {report.domain.name!r}", "query_set", "It")
+        name = f"Query set {report.domain.name!r}"
+        found += [
+            _outside(report.domain, name, "query_set", "f_v on it"),
+            _lengths(report.domain, name, "query_set"),
+        ]
     if report.concept_domain is not None:
-        named = f"What concept {report.concept!r} was fitted on ({report.concept_domain.name})"
-        found += _domain(report.concept_domain, named, "concept", "The direction")
+        name = f"What concept {report.concept!r} was fitted on ({report.concept_domain.name})"
+        found += [_outside(report.concept_domain, name, "concept", "its direction")]
+        found += [_lengths(report.concept_domain, name, "concept")]
     if report.agreement is not None:
-        found += _agreement(report, report.agreement)
-    return tuple(found)
+        found.append(_families(report, report.agreement))
+    return tuple(each for each in found if each is not None)
+
+
+# --- f_v along the run ------------------------------------------------------------------------------------
 
 
 def turned(movement: Movement) -> bool:
@@ -57,67 +66,7 @@ def moved(movement: Movement) -> bool | None:
         return None
     if change.p_value <= P:
         return change.effect is None or abs(change.effect) >= LEAST_EFFECT
-    return False if 2.8 * change.mean.error <= SEEN * change.spread else None
-
-
-def _movement(report: Report, movement: Movement) -> list[Doubt]:
-    found = []
-    change, name = movement.change, f"f_v of {report.concept!r} on {report.query_set!r}"
-    if turned(movement):
-        assert movement.turn is not None  # noqa: S101
-        turn, at = movement.turn, movement.points[movement.turn.point].name
-        way = (
-            f"The index adds up {report.points} points of the run, which is what this calls for."
-            if report.points > 1
-            else "Build kind 'influence' over the checkpoints of the run."
-        )
-        found.append(
-            Doubt(
-                "f_v_turned",
-                f"{name} turned during training: {turn.rise:+.3g} from base to {at!r}, then {turn.back:+.3g} to the "
-                f"end (p {turn.p_value:.2g}). What is evaluated at the end point alone then points the wrong way. "
-                f"{way}",
-            )
-        )
-    if change is not None and change.mean.error is not None:
-        value, error, spread = change.mean.value, change.mean.error, change.spread
-        if moved(movement) is False:
-            small = f"; its spread over the examples is {spread:.3g}" if change.p_value <= P else ""
-            found.append(
-                Doubt(
-                    "f_v_did_not_move",
-                    f"{name} did not move: {value:+.3g} ± {error:.2g} from base to end (p {change.p_value:.2g}"
-                    f"{small}). Training did little to this concept here, so that rankings of what did it are mostly "
-                    "noise: ask at another layer or pooling, or on queries that show the behaviour.",
-                )
-            )
-        elif moved(movement) is None and not turned(movement):
-            found.append(
-                Doubt(
-                    "query_set_too_small",
-                    f"Query set {report.query_set!r} is too small to say whether f_v moved: {value:+.3g} ± "
-                    f"{error:.2g} from base to end over {movement.examples} examples. About "
-                    f"{needed(movement):,} would show a change of {SEEN:g} of the spread.",
-                )
-            )
-        elif movement.examples >= FEW and error > ROUGH * abs(value) and not turned(movement):
-            found.append(Doubt("query_set_too_small", _rough(report, value, error)))
-    if movement.examples < FEW and not any(each.code == "query_set_too_small" for each in found):
-        found.append(
-            Doubt(
-                "query_set_too_small",
-                f"Query set {report.query_set!r} has {movement.examples} usable examples: below {FEW} its f_v, and "
-                "every ranking by it, depends on which ones they are. A hundred are good.",
-            )
-        )
-    return found
-
-
-def _rough(report: Report, value: float, error: float) -> str:
-    return (
-        f"The change of f_v on {report.query_set!r}, {value:+.3g}, has a standard error of {error:.2g}: more examples "
-        "make the ranking steadier."
-    )
+    return False if POWER * change.mean.error <= SEEN * change.spread else None
 
 
 def needed(movement: Movement) -> int:
@@ -126,56 +75,110 @@ def needed(movement: Movement) -> int:
     if change is None or change.mean.error is None or not change.spread:
         return FEW
     deviation = change.mean.error * movement.examples**0.5
-    return max(FEW, round((2.8 * deviation / (SEEN * change.spread)) ** 2))
+    return max(FEW, round((POWER * deviation / (SEEN * change.spread)) ** 2))
+
+
+def _turn(report: Report, movement: Movement) -> Doubt | None:
+    turn = movement.turn
+    if turn is None or not turned(movement):
+        return None
+    way = "Build kind 'influence' over the checkpoints of the run."
+    if report.points > 1:
+        way = f"concept_influence here adds up {report.points} points of the run, which is what this calls for."
+    return Doubt(
+        "f_v_turned",
+        f"f_v of {report.concept!r} on {report.query_set!r} turned during training: {turn.rise:+.3g} from base to "
+        f"{movement.points[turn.point].name!r}, then {turn.back:+.3g} to the end (p {turn.p_value:.2g}). An "
+        f"attribution at the end point alone then points the wrong way. {way}",
+    )
+
+
+def _change(report: Report, movement: Movement) -> Doubt | None:
+    change, n = movement.change, movement.examples
+    if change is not None and change.mean.error is not None and not turned(movement):
+        value, error = change.mean.value, change.mean.error
+        said = f"{value:+.3g} ± {error:.2g} from base to end (p {change.p_value:.2g})"
+        if moved(movement) is False:
+            return Doubt(
+                "f_v_did_not_move",
+                f"f_v of {report.concept!r} on {report.query_set!r} did not move: {said}, where examples spread by "
+                f"{change.spread:.3g}. Training did little to this concept here, and rankings of what did it are "
+                "mostly noise: ask at another layer or pooling, or on queries that show the behaviour.",
+            )
+        if moved(movement) is None:
+            return Doubt(
+                "query_set_too_small",
+                f"Query set {report.query_set!r} is too small to say whether f_v moved: {said} over {n} examples. "
+                f"About {needed(movement):,} would show a change of {SEEN:g} of their spread.",
+            )
+        if error > ROUGH * abs(value):
+            return Doubt(
+                "query_set_too_small",
+                f"The change of f_v on {report.query_set!r} is uncertain by half and more: {said} over {n} "
+                "examples. More of them make rankings steadier.",
+            )
+    if n < FEW:
+        return Doubt(
+            "query_set_too_small",
+            f"Query set {report.query_set!r} has {n} usable examples: with fewer than {FEW}, f_v and every ranking "
+            "by it depend on which ones they are. A hundred are good.",
+        )
+    return None
+
+
+# --- domains ----------------------------------------------------------------------------------------------
 
 
 def out_of_domain(domain: Domain) -> bool:
-    """Whether its activations lie elsewhere than the index's, whatever the lengths."""
+    """Whether the activations lie elsewhere than the index's, whatever the lengths."""
     return domain.auroc >= OUT_OF_DOMAIN and domain.p_value <= P_DOMAIN
 
 
-def _domain(domain: Domain, name: str, code: str, what: str) -> list[Doubt]:
-    found = []
-    if out_of_domain(domain):
-        found.append(
-            Doubt(
-                f"{code}_out_of_domain",
-                f"{name} lies outside the domain of the index: beside the concept itself and at equal lengths, a "
-                f"linear classifier tells its activations from the index's with AUROC {domain.auroc:.2f} (.5 is "
-                f"chance; p {domain.p_value:.2g}). {what} may measure something else than what training on these "
-                "examples moves, and activations are no guide to influence there: use texts like the training data.",
-            )
-        )
-    if domain.alike < ALIKE:
-        found.append(
-            Doubt(
-                f"{code}_of_other_length",
-                f"{name} has texts of other lengths than the index: {domain.length:,.0f} characters against "
-                f"{domain.length_index:,.0f} (medians), and only {domain.alike:.0%} have a like. Means over so "
-                "different lengths are hard to compare.",
-            )
-        )
-    return found
+def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
+    if not out_of_domain(domain):
+        return None
+    return Doubt(
+        f"{code}_out_of_domain",
+        f"{name} lies outside the domain of the index, or covers a narrow part of it: a linear classifier tells "
+        f"its activations from those of the index's examples with AUROC {domain.auroc:.2f} (.5 is chance; p "
+        f"{domain.p_value:.2g}), at like lengths and with the concept itself removed. There {what} may mean "
+        "something else than in the training data, and activations say little about influence: use texts like "
+        "those that were trained on.",
+    )
+
+
+def _lengths(domain: Domain, name: str, code: str) -> Doubt | None:
+    if domain.alike >= ALIKE:
+        return None
+    return Doubt(
+        f"{code}_of_other_length",
+        f"{name} has texts of other lengths than the index: {domain.length:,.0f} characters against "
+        f"{domain.length_index:,.0f} (medians), and {domain.alike:.0%} of them have a like. Means over so "
+        "different lengths are hard to compare.",
+    )
+
+
+# --- two families -----------------------------------------------------------------------------------------
 
 
 def diverges(agreement: Agreement) -> bool:
-    """Whether the two families rank no more alike than chance would, or hardly."""
-    overlap = agreement.overlap
-    far = overlap.by_chance * OVER_CHANCE < 1 and overlap.share < OVER_CHANCE * overlap.by_chance
-    return agreement.spearman is not None and (agreement.spearman < LOW_SPEARMAN or far)
+    """Whether gradients and activations rank hardly more alike than chance would."""
+    overlap, rho = agreement.overlap, agreement.spearman
+    if rho is None:
+        return False
+    chance = OVER_CHANCE * overlap.by_chance
+    return rho < LOW_SPEARMAN or (chance < 1 and overlap.share < chance)
 
 
-def _agreement(report: Report, agreement: Agreement) -> list[Doubt]:
+def _families(report: Report, agreement: Agreement) -> Doubt | None:
     if not diverges(agreement):
-        return []
+        return None
     overlap = agreement.overlap
-    return [
-        Doubt(
-            "families_diverge",
-            f"Gradients and activations rank {report.index} differently for {report.concept!r}: Spearman "
-            f"{agreement.spearman:.2f} over {agreement.examples:,} examples, and {overlap.share:.0%} of the first "
-            f"{overlap.k} in common ({overlap.by_chance:.0%} by chance). What looks like the concept is not what moved "
-            "the model toward it: read vector_filter as a search for such texts, concept_influence as the cause, and "
-            "validate by retraining before removing data.",
-        )
-    ]
+    return Doubt(
+        "families_diverge",
+        f"Gradients and activations rank {report.index} differently for {report.concept!r}: Spearman "
+        f"{agreement.spearman:.2f} over {agreement.examples:,} examples, and {overlap.share:.0%} of the first "
+        f"{overlap.k} in common ({overlap.by_chance:.0%} by chance). What looks like the concept is not what moved "
+        "the model toward it: read vector_filter as a search for such texts and concept_influence as an estimate "
+        "of causes, and validate by retraining before you remove data.",
+    )

@@ -51,8 +51,8 @@ class Movement:
 class Domain:
     """Pooled activations of ``name`` against those of the index, the concept's direction removed, at equal lengths.
 
-    ``alike``: share of the texts of ``name`` for which the index has one of the same length. Lengths are medians, in
-    characters of what is pooled.
+    ``alike``: share of the texts of ``name`` for which the index has one of the same length. Lengths are medians,
+    in characters of what is pooled.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """How f_v(Q) moved along a training run: its change, whether that is more than chance, and whether it turned.
 
-Pure numpy. ``values`` (points, n): f_v of every example of Q at every point of the run, base first and end last. Every
-example is measured at every point, so what is judged are differences of the same examples.
+Pure numpy. ``values`` (points, n): f_v of every example of Q at every point of the run, base first and end last.
+What is judged are differences of the same examples.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ class Change:
 class Turn:
     """The point inside the run where f_v lies furthest outside what is between base and end.
 
-    ``rise``: from the base to it, ``back``: from it to the end. ``p_value``: of the weaker of both, times the points
-    and directions it was chosen from.
+    ``rise``: from the base to it, ``back``: from it to the end. ``p_value``: of the weaker of both, times the
+    points and directions it was chosen from.
     """
 
     point: int

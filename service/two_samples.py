@@ -1,9 +1,9 @@
-"""Do two sets of pooled activations come from one domain? A classifier two-sample test at equal lengths. Pure numpy.
+"""Do two sets of pooled activations come from one domain? A classifier two-sample test. Pure numpy.
 
-A linear classifier is trained to tell the sets apart and scored on examples that it was not trained on (Lopez-Paz and
-Oquab 2017, arXiv 1610.06545). Its AUROC is an effect size: it does not grow with the samples, as the significance of
-any test does. What must not count is removed first: the concept's direction, along which a query set differs by
-intention (``without``), and lengths, since a mean over few tokens scatters more than one over many (``matched``).
+A linear classifier is trained to tell the sets apart and scored on examples that it was not trained on (Lopez-Paz
+and Oquab 2017, arXiv 1610.06545). Its AUROC is an effect size: it does not grow with the samples, as the
+significance of any test does. What must not count is removed first: the concept's direction, along which a query
+set differs by intention (``without``), and lengths, on which means over tokens depend (``matched``).
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _ENOUGH = 0.9  # of those that have a match at all: a round that finds fewer wou
 
 @dataclass(frozen=True)
 class Told:
-    """``auroc``: mean over held-out folds, .5 by chance. ``p_value``: share of permuted labels told apart as well."""
+    """``auroc``: mean over held-out folds, .5 by chance. ``p_value``: share of permutations told apart as well."""
 
     auroc: float
     p_value: float
@@ -43,11 +43,11 @@ def without(rows: Rows, direction: Rows) -> F64:
 def told_apart(ours: Rows, theirs: Rows, *, seed: int, permutations: int = PERMUTATIONS) -> Told:
     """How well a linear classifier tells (n, d) from (m, d): AUROC over 5 stratified held-out folds.
 
-    The classifier is linear discriminant analysis with a ridge: every dimension is scaled to unit variance over both
-    sets, and the covariance within the sets gets the identity added. It is solved in its dual form, which has the
-    same direction: ridge regression of the labels, so that all permutations share one factorisation. Labels are
+    The classifier is linear discriminant analysis with a ridge: every dimension is scaled to unit variance over
+    both sets, and the covariance within the sets gets the identity added. Ridge regression of the labels has the
+    same direction; it is solved in its dual form, so that all permutations share one factorisation. Labels are
     permuted within folds, which keeps them stratified; the p-value counts the labels as they are as one permutation
-    (Phipson and Smyth 2010), so 1/(permutations + 1) is the least. n and m must be at least the number of folds.
+    (Phipson and Smyth 2010), so 1/(permutations + 1) is the least. Raises ValueError for fewer rows than folds.
     """
     n, m = len(ours), len(theirs)
     if min(n, m) < FOLDS:
@@ -98,11 +98,11 @@ def _auroc(scores: F64, positive: Bools) -> float:
 
 
 def matched(lengths: I64, pool: I64, most: int, seed: int) -> tuple[I64, Bools]:
-    """Places in ``pool`` whose lengths are distributed like ``lengths`` (n,), none twice, about ``most`` of them; and
-    which of ``lengths`` (n,) have a like at all.
+    """Places in ``pool`` whose lengths are distributed like ``lengths`` (n,), none twice, about ``most`` of them;
+    and which of ``lengths`` have a like at all, (n,).
 
-    In rounds: every length takes one of the pool that is within the caliper and free. Without any, the first round
-    takes the nearest. Rounds end when the scarcest lengths have run out.
+    In rounds: every length takes one of the pool that is within the caliper and free; where there is none, the
+    first round takes the nearest. Rounds end when the scarcest lengths have run out.
     """
     ours, theirs = np.log1p(lengths.astype(np.float64)), np.log1p(pool.astype(np.float64))
     generator = np.random.default_rng(seed)

@@ -97,8 +97,8 @@ class Health:
         query_set = self._registry.get(DATASETS, spec.query_set, param="query_set") if spec.query_set else None
         if query_set is None:
             self._absent["query_set"] = (
-                "The index has embeddings for no query set at this layer and pooling: name a dataset in 'query_set' "
-                "to see f_v along the run, the families side by side and whether Q lies in the index's domain."
+                "The index has embeddings for no query set at this layer and pooling: name a dataset in "
+                "'query_set' to see f_v along the run, both families side by side, and whether Q is in the domain."
             )
         found = self._answering(query_set) if query_set is not None else None
         movement = self._movement(query_set) if query_set is not None else None
@@ -153,8 +153,8 @@ class Health:
         )
         if len(values) < 2:
             self._absent["change"] = (
-                f"{self._model.id!r} declares neither a base nor checkpoints: f_v is known at its end only. Register "
-                "it with both to see whether training moved it, and whether it turned."
+                f"{self._model.id!r} declares neither a base nor checkpoints: f_v is known at its end only. "
+                "Register it with both to see whether training moved it, and whether it turned."
             )
         return Movement(
             examples=len(common),
@@ -225,8 +225,8 @@ class Health:
         )
         if array is None or self._index.pooling != concept.pooling:
             self._absent["agreement"] = (
-                f"Index {self._index.id} holds no activations of layer {concept.layer} pooled by {concept.pooling}: "
-                "build it with kind 'activation' as well to see whether both families agree."
+                f"Index {self._index.id} holds no activations of layer {concept.layer} pooled by "
+                f"{concept.pooling}: build it with kind 'activation' as well to see whether both families agree."
             )
             return None
         gradients, activations = self._scores(found.array, found.u), self._scores(array, self._vector)
