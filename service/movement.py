@@ -4,7 +4,6 @@ Pure numpy. ``values`` (points, n): f_v of every example of Q at every point of 
 What is judged are differences of the same examples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,9 +100,3 @@ def turn(values: F64, *, seed: int) -> Turn | None:
     p_value = max(sign_flip(each, seed=seed) for each in tests) * len(beyond)
     rise, back = (float(each.mean()) for each in tests)
     return Turn(point, rise, back, min(1.0, p_value))
-
-
-def smallest_seen(differences: Sequence[float] | F64) -> float | None:
-    """The mean difference that a set of this size would show four times in five: 2.8 standard errors."""
-    error = estimate(np.asarray(differences, dtype=np.float64)).error
-    return None if error is None else 2.8 * error
