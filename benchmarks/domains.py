@@ -135,8 +135,9 @@ def texts(data: Path, seed: int, draws: int) -> list[Judged]:
         cut = min(N_INDEX, len(found) * 2 // 3)
         indexed[name], left[name] = found[:cut], found[cut:]
     names = list(SOURCES)
-    pairs = [(a, b) for step in range(1, len(names)) for a, b in zip(names, names[step:] + names[:step],
-    strict=True)] made = []
+    turned = [names[step:] + names[:step] for step in range(1, len(names))]
+    pairs = [pair for others in turned for pair in zip(names, others, strict=True)]
+    made = []
     for number in range(draws):
         name = names[number % len(names)]
         pool = sorted(left[name], key=_length)
