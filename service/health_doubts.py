@@ -137,13 +137,13 @@ def out_of_domain(domain: Domain) -> bool:
 def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
     if not out_of_domain(domain):
         return None
+    how = "at like lengths and with the concept removed" if domain.alike >= ALIKE else "with the concept removed"
     return Doubt(
         f"{code}_out_of_domain",
         f"{name} lies outside the domain of the index, or covers a narrow part of it: a linear classifier tells "
         f"its activations from those of the index's examples with AUROC {domain.auroc:.2f} (.5 is chance; p "
-        f"{domain.p_value:.2g}), at like lengths and with the concept itself removed. There {what} may mean "
-        "something else than in the training data, and activations say little about influence: use texts like "
-        "those that were trained on.",
+        f"{domain.p_value:.2g}), {how}. There {what} may mean something else than in the training data, and "
+        "activations say little about influence: use texts like those that were trained on.",
     )
 
 
@@ -163,22 +163,21 @@ def _lengths(domain: Domain, name: str, code: str) -> Doubt | None:
 
 def diverges(agreement: Agreement) -> bool:
     """Whether gradients and activations rank hardly more alike than chance would."""
-    overlap, rho = agreement.overlap, agreement.spearman
+    rho = agreement.spearman
     if rho is None:
         return False
-    chance = OVER_CHANCE * overlap.by_chance
-    return rho < LOW_SPEARMAN or (chance < 1 and overlap.share < chance)
+    chance = OVER_CHANCE * agreement.by_chance
+    return rho < LOW_SPEARMAN or (chance < 1 and agreement.overlap < chance)
 
 
 def _families(report: Report, agreement: Agreement) -> Doubt | None:
     if not diverges(agreement):
         return None
-    overlap = agreement.overlap
     return Doubt(
         "families_diverge",
         f"Gradients and activations rank {report.index} differently for {report.concept!r}: Spearman "
-        f"{agreement.spearman:.2f} over {agreement.examples:,} examples, and {overlap.share:.0%} of the first "
-        f"{overlap.k} in common ({overlap.by_chance:.0%} by chance). What looks like the concept is not what moved "
-        "the model toward it: read vector_filter as a search for such texts and concept_influence as an estimate "
-        "of causes, and validate by retraining before you remove data.",
+        f"{agreement.spearman:.2f} over {agreement.examples:,} examples, and {agreement.overlap:.0%} of the first "
+        f"{agreement.k} in common ({agreement.by_chance:.0%} by chance). What looks like the concept is not what "
+        "moved the model toward it: read vector_filter as a search for such texts and concept_influence as an "
+        "estimate of causes, and validate by retraining before you remove data.",
     )

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.contracts import ArrayInfo, ConceptRecord, Point
-from service.movement import Change, Estimate, Turn
-from service.rankings import Overlap
 from service.terms import ConceptFunction, Pooling
 
 
@@ -25,6 +23,43 @@ class HealthSpec:
     points: tuple[Point, ...]
     sides: tuple[str, ...]
     shard_size: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over examples with its standard error and 95 % interval (Student's t); no error for one example."""
+
+    value: float
+    error: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """f_v(Q) at the end less at the base. ``p_value``: of the mean being zero, by flipping signs of examples.
+
+    ``spread``: standard deviation of f_v over the examples at the base; ``effect``: the change in units of it.
+    """
+
+    mean: Estimate
+    p_value: float
+    spread: float
+    effect: float | None  # None: no spread
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The point inside the run where f_v lies furthest outside what is between base and end.
+
+    ``rise``: from the base to it, ``back``: from it to the end. ``p_value``: of the weaker of both, times the
+    points and directions it was chosen from.
+    """
+
+    point: int
+    rise: float
+    back: float
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -67,12 +102,16 @@ class Domain:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two rankings of all examples of the index: by gradients (``array``) and by activations."""
+    """Two rankings of all examples of the index: by gradients (``array``) and by activations. ``overlap``: share of
+    the first ``k`` of either that is among those of the other; k/n is by chance.
+    """
 
     array: ArrayInfo
     examples: int
-    spearman: float | None
-    overlap: Overlap
+    spearman: float | None  # None: one of them ranks nothing
+    k: int
+    overlap: float
+    by_chance: float
 
 
 @dataclass(frozen=True)

@@ -4,54 +4,16 @@ Pure numpy. ``values`` (points, n): f_v of every example of Q at every point of 
 What is judged are differences of the same examples.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from service.health_records import Change, Estimate, Turn
 from service.rankings import student_95
 
 F64 = NDArray[np.float64]
 
 FLIPS = 9999
 _CHUNK = 1 << 22  # signs that are drawn at once
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over examples with its standard error and 95 % interval (Student's t); no error for one example."""
-
-    value: float
-    error: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Change:
-    """f_v(Q) at the end less at the base. ``p_value``: of the mean being zero, by flipping signs of examples.
-
-    ``spread``: standard deviation of f_v over the examples at the base; ``effect``: the change in units of it.
-    """
-
-    mean: Estimate
-    p_value: float
-    spread: float
-    effect: float | None  # None: no spread
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The point inside the run where f_v lies furthest outside what is between base and end.
-
-    ``rise``: from the base to it, ``back``: from it to the end. ``p_value``: of the weaker of both, times the
-    points and directions it was chosen from.
-    """
-
-    point: int
-    rise: float
-    back: float
-    p_value: float
 
 
 def estimate(values: F64) -> Estimate:

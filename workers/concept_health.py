@@ -235,7 +235,7 @@ class Health:
         if overlap is None:
             self._absent["agreement"] = f"Index {self._index.id} holds no example that can be ranked."
             return None
-        return Agreement(found.array, result.n, result.spearman, overlap)
+        return Agreement(found.array, result.n, result.spearman, overlap.k, overlap.share, overlap.by_chance)
 
     def _scores(self, array: ArrayInfo, u: F32) -> F64:
         stored, found = RowBlocks(self._stages.storage, self._manifest, array), []

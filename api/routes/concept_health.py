@@ -23,8 +23,7 @@ from service import concepts
 from service.concept_health import HealthRequest, Known, question
 from service.contracts import JobRecord
 from service.health_doubts import diverges, doubts, moved, out_of_domain, turned
-from service.health_records import Agreement, Domain, Movement
-from service.movement import Estimate
+from service.health_records import Agreement, Domain, Estimate, Movement
 from service.questions import Weighted
 
 router = APIRouter(prefix="/v1/queries", tags=["queries"])
@@ -93,13 +92,5 @@ def _domain(found: Domain) -> DomainOut:
 
 
 def _agreement(found: Agreement) -> AgreementOut:
-    overlap = found.overlap
-    return AgreementOut(
-        kind=found.array.kind,
-        examples=found.examples,
-        spearman=found.spearman,
-        k=overlap.k,
-        overlap=overlap.share,
-        by_chance=overlap.by_chance,
-        diverges=diverges(found),
-    )
+    about = {name: value for name, value in vars(found).items() if name != "array"}
+    return AgreementOut(kind=found.array.kind, diverges=diverges(found), **about)
