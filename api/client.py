@@ -17,6 +17,7 @@ from uuid import uuid4
 import httpx
 
 from api.client_concepts import ConceptCalls
+from api.client_health import HealthCalls
 from api.client_personas import PersonaCalls
 from api.client_saes import SaesClient
 from api.client_validations import ValidationCalls
@@ -44,7 +45,7 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class Client(ConceptCalls, PersonaCalls, SaesClient, ValidationCalls):
+class Client(ConceptCalls, PersonaCalls, SaesClient, ValidationCalls, HealthCalls):
     """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request, Response
 from redis import Redis
 
+from service.concept_health import ConceptHealth
 from service.contracts import JobRecord
 from service.directions import DirectionsService
 from service.groups import Groups
@@ -36,6 +37,7 @@ class Services:
     directions: DirectionsService
     reranking: RerankService
     validations: ValidationService
+    health: ConceptHealth
     features: FeaturesService
     views: ViewService
 

@@ -19,6 +19,7 @@ from api.body_limit import BodyLimit
 from api.dependencies import Services
 from api.routes import (
     aliases,
+    concept_health,
     concepts,
     datasets,
     directions,
@@ -36,6 +37,7 @@ from api.routes import (
 from api.routes import registry as registry_routes
 from api.version import VERSION
 from service import kernels
+from service.concept_health import ConceptHealth
 from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
 from service.groups import Groups
@@ -92,13 +94,15 @@ def create_app(settings: Settings) -> FastAPI:
         suggestions=SuggestService(registry, storage, work, directions_of, settings),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
         validations=ValidationService(registry, storage, work, loader, whole, settings),
+        health=ConceptHealth(registry, storage, work, ranked.reports, shard_size=settings.shard_size),
         features=FeaturesService(registry, storage, work, loader),
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)
     app.add_middleware(BodyLimit)
-    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
-    for module in (*shown, saes, validations, registry_routes, health):
+    asked = (queries, rerank, concept_health, rankings, validations, jobs)
+    shown = (models, datasets, indexes, aliases, directions, concepts, personas, saes, *asked)
+    for module in (*shown, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)
     return app

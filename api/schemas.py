@@ -336,6 +336,13 @@ class Timing(BaseModel):
     cached: bool = Field(False, description="The same question had been answered before")
 
 
+class HealthHint(BaseModel):
+    """The concept health report on this question; its warnings stand among the answer's."""
+
+    known: bool = Field(description="Whether there is one; no query waits for a model")
+    said: str = Field(description="What it found, or how to get one")
+
+
 class QueryOut(BaseModel):
     """Ranked training examples and where the ranking comes from."""
 
@@ -352,6 +359,7 @@ class QueryOut(BaseModel):
     next: str | None = Field(None, description="Cursor of the next page; null on the last one")
     warnings: list[str]
     timing: Timing
+    health: HealthHint | None = Field(None, description="null for influence_function, which is about no concept")
 
 
 class Items(BaseModel, Generic[T]):

@@ -181,6 +181,7 @@ def show_answer(answer: QueryOut) -> None:
         f"{answer.order} of {answer.rows} examples in {answer.index} by {answer.method}{about}; "
         f"{answer.timing.total_ms:.1f} ms in the server",
         provenance(answer.provenance),
+        *([answer.health.said] if answer.health else []),
     )
     for line in said:
         console.print(f"[dim]{escape(line)}[/dim]")

@@ -127,7 +127,7 @@ def _plan(
         reading=replace(
             reading_of(model, settings, request.max_length, request.long_examples), lora=_lora(model, request.lora)
         ),
-        points=_points(model, request.checkpoints, request.lora, registry) if influence else (end_point(model),),
+        points=points_of(model, request.checkpoints, request.lora, registry) if influence else (end_point(model),),
         tracked=_tracked(request, layers),
         p=p if request.projection == Projection.EIGEN else None,
         layers=layers,
@@ -286,7 +286,7 @@ def _unique(values: tuple[T, ...], *, param: str) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _points(model: ModelRecord, wanted: Checkpoints, lora: Lora, registry: Registry) -> tuple[Point, ...]:
+def points_of(model: ModelRecord, wanted: Checkpoints, lora: Lora, registry: Registry) -> tuple[Point, ...]:
     """The run, base first and the model itself last: the declared checkpoints, else base and end. The base has no
     LoRA whose own maps could be tracked.
     """

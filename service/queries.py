@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from service import codec, concepts, damage, example_ids, indexes, token_shares
 from service.blocks import Mask
 from service.cache import LoadingCache
+from service.concept_health import Hint, Reports
 from service.contracts import ConceptRecord, Example, Fidelity, IndexRecord, JobRecord
 from service.errors import Invalid, NotFound
 from service.jobs import Jobs
@@ -57,6 +58,7 @@ class Prepared:
     matched: Matched
     rows: Rows
     mask: Mask | None  # rows that may be ranked; None: all
+    health: Hint | None = None  # None: of a loss query
 
     @property
     def fidelity(self) -> Fidelity | None:
@@ -64,7 +66,8 @@ class Prepared:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return _warnings(self.asked, self.index, self.matched, self.fidelity)
+        found = _warnings(self.asked, self.index, self.matched, self.fidelity)
+        return found + (self.health.warnings if self.health else ())
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Answer:
     search_ms: float
     total_ms: float
     warnings: tuple[str, ...]
+    health: Hint | None
 
 
 class QueryService:
@@ -103,6 +107,7 @@ class QueryService:
         self._jobs = jobs
         self._loader = loader
         self._shard_size = shard_size
+        self.reports = Reports(storage)
         self._rankings: LoadingCache[Ranking] = LoadingCache(_KEPT_BYTES, _bytes_of)
         self._masks: LoadingCache[Mask] = LoadingCache(_KEPT_BYTES, lambda mask: _ENTRY_BYTES + mask.nbytes)
         self._directions: LoadingCache[F32] = LoadingCache(_DIRECTIONS)
@@ -119,7 +124,8 @@ class QueryService:
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
-        return Prepared(index, asked, found, rows, self._mask(query, index, found, rows))
+        mask = self._mask(query, index, found, rows)
+        return Prepared(index, asked, found, rows, mask, self.reports.hint(index, asked))
 
     @damage.told
     def run(self, query: Query, page: Page | None = None) -> Answer | JobRecord:
@@ -146,6 +152,7 @@ class QueryService:
             search_ms=search_ms,
             total_ms=1e3 * (time.perf_counter() - began),
             warnings=prepared.warnings,
+            health=prepared.health,
         )
 
     @damage.told

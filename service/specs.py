@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contracts import ArrayInfo, Counts, DatasetPart, Fidelity, Point
+from service.health_records import HealthSpec
 from service.personas import PersonaSpec
 from service.sae_records import EncodeFeaturesSpec, TrainSaeSpec
 from service.tasks import ShardRef
@@ -252,6 +253,7 @@ JobSpec = (
     | PersonaSpec
     | ValidateSpec
     | TrainSaeSpec
+    | HealthSpec
     | EncodeFeaturesSpec
 )
 

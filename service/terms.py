@@ -128,6 +128,7 @@ class JobKind(StrEnum):
     RERANK = "rerank"
     VALIDATE = "validate"
     TRAIN_SAE = "train_sae"
+    CONCEPT_HEALTH = "concept_health"
     ENCODE_FEATURES = "encode_features"
     QUERY_GRADIENT = "query_gradient"
     PERSONA_VECTOR = "persona_vector"

@@ -314,6 +314,16 @@ class JacobianWork:
 
 
 @dataclass(frozen=True)
+class PooledWork:
+    """What f_v is linear in, a row for every example: pooled h_l, or pooled h_l/‖h_l‖."""
+
+    reading: Reading
+    layer: int
+    pooling: Pooling
+    function: ConceptFunction
+
+
+@dataclass(frozen=True)
 class MixWork:
     """D·J from the rows of J and stored directions D: f_v is linear in v, so no model runs."""
 
@@ -393,6 +403,7 @@ ArtifactWork = (
     | BasisWork
     | HeadWork
     | TrainSaeWork
+    | PooledWork
     | GatherWork
 )
 ShardWork = PassSpec | DifferenceSpec | SumSpec | ReadOffSpec | CompactSpec

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from api.cli import app
 from api.client import Client, WhenceError
 from api.schemas_evidence import DirectionsOut, RerankOut
+from api.schemas_health import HealthOut
 from api.schemas_rankings import GroupsOut
 from api.schemas_validations import ValidationOut
 from service.contracts import Completion, JobRecord
@@ -155,6 +156,31 @@ def test_directions_that_cannot_be_are_a_problem(built, stack, change, code, par
     assert (response.json()["code"], response.json()["param"]) == (code, param)
     missing = httpx.post(f"{stack.url}/v1/indexes/nowhere/directions", json={})
     assert (missing.status_code, missing.json()["code"]) == (404, "index_not_found")
+
+
+def test_health_is_a_job_then_a_report_and_then_part_of_every_answer(built, stack, client: Client):
+    asked = {"index": "evidence", "concept": "ev", "query_set": "ev-q"}
+    assert client.ask(**ASKED, k=1).health.known is False
+    first = client.concept_health(**asked)
+    assert isinstance(first, JobRecord)
+    assert first.kind == JobKind.CONCEPT_HEALTH
+    client.wait(first.id)
+    report = client.concept_health(**asked)
+    assert isinstance(report, HealthOut)
+    assert [point.name for point in report.movement.points] == ["ev-start", "ev-end"]
+    assert report.movement.examples == len(QUERIES)
+    assert (report.points, report.query_set) == (2, "ev-q")
+    assert "query_set_too_small" in {each.code for each in report.doubts}
+    assert set(report.absent) == {"domain"}  # six queries
+    assert report.concept_domain.name == "ev-pos and ev-neg"
+    shown = whence(stack, "concepts", "health", "ev", "--index", "evidence", "--query-set", "ev-q")
+    assert "f_v on 6 examples of ev-q, dot:" in shown
+    for each in report.doubts:
+        assert each.said[:60] in shown
+    told = json.loads(whence(stack, "concepts", "health", "ev", "--index", "evidence", "--json"))
+    assert told["movement"]["examples"] == len(QUERIES)
+    refused = httpx.post(f"{stack.url}/v1/queries/health", json={"index": "evidence"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "concept_needed")
 
 
 # --- the command line -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from service import artifacts, codec, concepts, indexes, models, succession
 from service.contracts import IndexRecord, JobContext, JobRecord, ModelRecord
 from service.damage import asking
 from service.errors import Invalid
+from service.health_records import HealthSpec
 from service.matching import Asked, Missing, match
 from service.personas import PersonaSpec
 from service.questions import pooling_of
@@ -36,7 +38,18 @@ from service.specs import (
 from service.storage import Storage
 from service.terms import JobKind
 from service.work import ConceptObjective, Reading
-from workers import clusters, directions_job, fit_concept, persona_job, repair, rerank, sae_jobs, suggest, tokens
+from workers import (
+    clusters,
+    concept_health,
+    directions_job,
+    fit_concept,
+    persona_job,
+    repair,
+    rerank,
+    sae_jobs,
+    suggest,
+    tokens,
+)
 from workers.build import Build
 from workers.estimates.estimate import estimate
 from workers.extend import extend
@@ -110,6 +123,8 @@ class RayEngine:
                 return self._rerank(codec.from_plain(RerankSpec, job.spec), stages)
             case JobKind.VALIDATE:
                 return self._validate(codec.from_plain(ValidateSpec, job.spec), stages)
+            case JobKind.CONCEPT_HEALTH:
+                return self._concept_health(codec.from_plain(HealthSpec, job.spec), stages)
         raise Invalid(
             "unknown_job", f"This dispatcher knows no jobs of kind {job.kind}; it may be older than the api."
         )
@@ -221,6 +236,13 @@ class RayEngine:
         model = self._model(spec.model, indexes.read_manifest(self._storage, index).spec)
         models.check_fingerprints(models.location(model, spec.base), spec.reading, self._redis)
         return Validating(stages, self._registry, spec, index, model, self._pool.room()).run()
+
+    def _concept_health(self, spec: HealthSpec, stages: Stages) -> Mapping[str, Any]:
+        index = self._registry.get(INDEXES, spec.index)
+        manifest = indexes.read_manifest(self._storage, index)
+        model = self._model(index.model, manifest.spec)
+        missing = partial(self._query_gradient, stages=stages)
+        return concept_health.Health(stages, self._registry, spec, index, manifest, model, missing).run()
 
     def _model(self, model_id: str, reading: Reading) -> ModelRecord:
         """The model, if its folder still holds the weights and the tokenizer that were registered."""

@@ -13,6 +13,7 @@ from api.problems import documented
 from api.schemas import (
     ConceptUsed,
     FidelityOut,
+    HealthHint,
     HitOut,
     Items,
     Provenance,
@@ -177,7 +178,7 @@ def provenance(index: IndexRecord, found: Matched, fidelity: Fidelity | None) ->
 
 def _present(body: QueryIn, answer: Answer) -> QueryOut:
     concept: Any = answer.concept
-    found = answer.matched
+    found, health = answer.matched, answer.health
     return QueryOut(
         index=answer.index.id,
         model=answer.index.model,
@@ -191,6 +192,7 @@ def _present(body: QueryIn, answer: Answer) -> QueryOut:
         hits=[HitOut.model_validate(_hit(hit, set(body.fields))) for hit in answer.hits],
         next=answer.page.following,
         warnings=list(answer.warnings),
+        health=None if health is None else HealthHint(known=health.known, said=health.said),
         timing=Timing(
             search_ms=round(answer.search_ms, 3), total_ms=round(answer.total_ms, 3), cached=answer.cached
         ),

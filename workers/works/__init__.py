@@ -20,6 +20,7 @@ from service.work import (
     MixWork,
     MomentWork,
     NarrowWork,
+    PooledWork,
     ResponsesWork,
     ScoutWork,
     ShapesWork,
@@ -27,7 +28,7 @@ from service.work import (
     TrainSaeWork,
 )
 from workers.models import Loaded
-from workers.works import answers, choice, factors, personas, retrain, rows, sae, token_shares
+from workers.works import answers, choice, factors, personas, pooled, retrain, rows, sae, token_shares
 from workers.works.result import Result
 
 _COMPUTE: Mapping[type, Callable[..., Result]] = {
@@ -51,6 +52,7 @@ _COMPUTE: Mapping[type, Callable[..., Result]] = {
     RetrainWork: retrain.retrain,
     ReadAnswersWork: retrain.read_answers,
     TrainSaeWork: sae.train,
+    PooledWork: pooled.pooled,
 }
 
 
