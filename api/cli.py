@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from api import cli_health, cli_life, cli_personas, cli_probes, cli_repair  # noqa: F401  (add commands to groups)
+from api import cli_health, cli_life, cli_personas, cli_probes, cli_repair  # noqa: F401  (of indexes, concepts)
 from api.cli_aliases import aliases_app, registry_app
 from api.cli_asked import with_asked
 from api.cli_concepts import concepts_app

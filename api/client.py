@@ -45,7 +45,7 @@ _OUTAGE_S = 60.0  # a server that restarts is waited for
 _SLOW = httpx.Timeout(60.0, read=None)  # hashing weights or reading a large file takes as long as it takes
 
 
-class Client(ConceptCalls, PersonaCalls, SaesClient, ValidationCalls, HealthCalls):
+class Client(ConceptCalls, HealthCalls, PersonaCalls, SaesClient, ValidationCalls):
     """Every endpoint of one server. Methods raise WhenceError, or httpx.TransportError without a server."""
 
     # --- models, datasets ---------------------------------------------------------------------------

@@ -100,9 +100,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(BodyLimit)
-    asked = (queries, rerank, concept_health, rankings, validations, jobs)
-    shown = (models, datasets, indexes, aliases, directions, concepts, personas, saes, *asked)
-    for module in (*shown, registry_routes, health):
+    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
+    for module in (*shown, concept_health, saes, validations, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)
     return app

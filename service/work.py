@@ -1,30 +1,13 @@
 """What workers are asked to do: a *work* is everything that decides its result except the examples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from service.contracts import ArrayInfo
+from service.reading import Reading
 from service.sae_records import TrainSaeWork
-from service.terms import ConceptFunction, FactorLabels, FactorPositions, LongExamples, Lora, LossReduction, Pooling
+from service.terms import ConceptFunction, FactorLabels, FactorPositions, LossReduction, Pooling
 
 FORMAT = 5  # of shards and artifacts; a change that alters their bytes raises it
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which weights read the examples, and how texts become batches."""
-
-    model_fingerprint: str
-    tokenizer_fingerprint: str
-    max_length: int
-    long_examples: LongExamples
-    token_budget: int  # padded tokens per batch: in no name, see ``tasks.identity``
-    dtype: str  # float32 | bfloat16 | float16
-    lora: Lora = Lora.MERGED
-
-    @property
-    def reading(self) -> "Reading":
-        """How it reads texts, alone: what other work on the same model shares."""
-        return Reading(**{each.name: getattr(self, each.name) for each in fields(Reading)})
 
 
 @dataclass(frozen=True)
