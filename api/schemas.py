@@ -359,7 +359,7 @@ class QueryOut(BaseModel):
     next: str | None = Field(None, description="Cursor of the next page; null on the last one")
     warnings: list[str]
     timing: Timing
-    health: HealthHint | None = Field(None, description="null for influence_function, which is about no concept")
+    health: HealthHint | None = Field(None, description="null for influence_function: no concept, no report")
 
 
 class Items(BaseModel, Generic[T]):

@@ -14,7 +14,7 @@ import numpy as np
 from service import artifacts, codec, concepts, damage, indexes
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord, Point
-from service.errors import Invalid
+from service.errors import Invalid, Unavailable
 from service.health_doubts import doubts
 from service.health_records import HealthSpec, Report
 from service.jobs import Jobs
@@ -158,11 +158,18 @@ class Reports:
             return None
 
     def hint(self, index: IndexRecord, asked: Asked) -> Hint | None:
-        """What a query says of the health of its question; None for a loss query, which is about no concept."""
+        """What a query says of the health of its question; None for a loss query, which is about no concept, and
+        while storage does not answer: a ranking that is in memory needs none.
+        """
         if asked.concept is None or asked.vector is None:
             return None
         about = subject(index, asked)
-        report = self.find(key_of(index, asked, about))
+        key = key_of(index, asked, about)
+        try:
+            report = self.find(key)
+        except Unavailable:
+            self._note(key)
+            return None
         if report is None:
             return Hint(False, (), f"No health report on this question yet: {_how(index, asked, about)}.")
         said = tuple(each.said for each in doubts(report))

@@ -17,13 +17,14 @@ from benchmarks.lab import Lab, Quiet
 from service import artifacts, codec
 from service.concept_health import FILE, ConceptHealth, HealthRequest, Known, Reports, question
 from service.contracts import ArrayInfo, Completion, Conversation, JobRecord, Message, PlainText
-from service.errors import Invalid
+from service.errors import Invalid, Unavailable
 from service.health_doubts import diverges, doubts, moved, needed, turned
 from service.health_records import Agreement, AtPoint, Domain, Estimate, Movement, Report
 from service.loading import IndexLoader
 from service.movement import change, estimate, sign_flip, turn
 from service.queries import Answer, QueryService
 from service.questions import Query
+from service.storage import Storage
 from service.terms import ConceptFunction, IndexKind, Method, Order, Pooling
 from service.two_samples import FOLDS, matched, told_apart, without
 from tests.test_influence_build import FITTED, LAYER, TRAIN, make_examples, make_lab, save
@@ -374,6 +375,25 @@ def test_there_is_none_is_believed_for_a_while(world: World) -> None:
     found = reports.find(key)
     assert found is not None
     assert Reports(world.lab.storage).find(key, fresh=True) == found
+
+
+class Down(Storage):
+    """A store that has stopped answering."""
+
+    def exists(self, key: str) -> bool:
+        raise Unavailable("storage_unavailable", f"No answer about {key}.")
+
+
+def test_a_ranking_does_not_wait_for_storage_to_say_how_healthy_it_is(world: World) -> None:
+    lab = world.lab
+    loader = IndexLoader(lab.registry, lab.storage, threads=1)
+    queries = QueryService(lab.registry, lab.storage, lab.jobs, loader, shard_size=32)
+    query = Query("both", "v0", Method.VECTOR_FILTER, Order.MOST, 3)
+    fine = queries.run(query)
+    queries.reports = Reports(Down(lab.storage.root))
+    answer = queries.run(query)
+    assert isinstance(answer, Answer) and isinstance(fine, Answer)
+    assert (answer.health, answer.hits) == (None, fine.hits)
 
 
 # --- texts ------------------------------------------------------------------------------------------------

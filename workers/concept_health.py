@@ -33,7 +33,7 @@ from service.registry import DATASETS, Registry
 from service.row_blocks import RowBlocks
 from service.rows import F32
 from service.specs import IndexManifest, Labels, QueryGradientSpec
-from service.terms import IndexKind, Method, Pooling
+from service.terms import IndexKind, Lora, Method, Pooling
 from service.two_samples import FOLDS, matched, told_apart, without
 from service.work import Location, PooledWork, Reading
 from workers.stages import Stages, shuffled
@@ -182,7 +182,8 @@ class Health:
         return np.concatenate(rows), np.concatenate(places)
 
     def _at(self, point: Point | None) -> tuple[Reading, Location]:
-        reading = self._manifest.spec.reading
+        # Merged, also where the index tracks a LoRA's own maps: f_v is the same, and the base has none.
+        reading = replace(self._manifest.spec.reading, lora=Lora.MERGED)
         if point is None:
             return reading, models.location(self._model)
         return replace(reading, model_fingerprint=point.fingerprint), models.location(self._model, point)
