@@ -86,7 +86,7 @@ class Topics(Shelf):
     def add_concept(self, name: str, layer: int, *, like: str = "") -> None:
         tensor = concepts.to_safetensors(self.vector(like or name))
         record = ConceptRecord(
-            *(name, "m", "f", "f", layer, Pooling.RESPONSE_MEAN, D, "by hand", 1.0, 0.9, 5, 5, {}),
+            *(name, "m", "f", "f", layer, Pooling.RESPONSE_MEAN, D, "by hand", 1.0, 0.9, 50, 50, {}),
             *(sha256_bytes(tensor), "now"),
         )
         concepts.publish(self.storage, self.registry, record, tensor)
