@@ -96,7 +96,12 @@ def remedy(file: str, index: str | None) -> tuple[str | None, str]:
         )
         return None, detail
     if kind == "saes" and not rest.endswith("record.json"):
-        return None, f"Import or train SAE {owner!r} again, under another id."
+        detail = (
+            f"Import the folder of SAE {owner!r} again under the same id (`whence saes import`): the same files "
+            "put it back. One that was trained here is trained again under another id."
+        )
+        lost = f"What was said of features of SAE {owner!r} is lost: remove the file, and label them again."
+        return None, lost if rest.endswith("labels.json") else detail
     index = owner if kind == "indexes" else index
     command = f"whence indexes repair {index}" if index else None
     if command is None:

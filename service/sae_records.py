@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from service.contracts import ArrayInfo
 from service.terms import Pooling
@@ -83,7 +84,11 @@ class Labels:
 
     def of(self, feature: int) -> str | None:
         """The newest label of a feature."""
-        return next((each.text for each in reversed(self.labels) if each.feature == feature), None)
+        return self._newest.get(feature)
+
+    @cached_property
+    def _newest(self) -> Mapping[int, str]:
+        return {each.feature: each.text for each in self.labels}
 
 
 # --- jobs -----------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
 NONE, LAYER_NORM, CONSTANT_NORM = "none", "layer_norm", "constant_norm_rescale"
 _AVERAGE, _WHITENING = "expected_average_only_in", "covariance_whitening"
-_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+_HOOK = re.compile(r"blocks\.([0-9]{1,6})\.hook_resid_(pre|post)")
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_layer": "hook_layer",
     "hook_point_head_index": "hook_head_index",
 }
+_LARGEST_SCALE = 1e30  # more leaves float32
 _WRITTEN_AS = "6.0.0"  # the format that ``write`` follows
 
 
@@ -138,7 +139,7 @@ def hook_of(layer: int) -> str:
 def _old(config: Mapping[str, Any]) -> bool:
     """Before version 6, by the library's own rule."""
     version = config.get("sae_lens_version") or _object(config.get("metadata"), "metadata").get("sae_lens_version")
-    found = re.match(r"\d+", str(version)) if version else None
+    found = re.match(r"[0-9]{1,6}", str(version)) if version else None
     return found is None or int(found[0]) < 6
 
 
@@ -182,11 +183,11 @@ def _normalisation(given: Any, scaler: Any) -> tuple[str, float]:
     if isinstance(given, bool):  # of the oldest files
         given = _AVERAGE if given else NONE
     given = NONE if given is None else given
-    if given in {NONE, LAYER_NORM, CONSTANT_NORM}:
-        return given, 1.0
+    if given in (NONE, LAYER_NORM, CONSTANT_NORM):  # whatever JSON has: a set would want to hash it
+        return str(given), 1.0
     if given == _AVERAGE:
         scale = _object(scaler, SCALER).get("scaling_factor")
-        if isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < float("inf"):
+        if isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < _LARGEST_SCALE:
             return NONE, float(scale)
         detail = (
             f"Its inputs are to be multiplied by a factor ({_AVERAGE}) that is neither in the weights nor in "

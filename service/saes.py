@@ -16,7 +16,7 @@ from redis import Redis
 from service import codec, keys, results, sae, saelens
 from service.cache import LoadingCache
 from service.contracts import ConceptRecord, ModelRecord
-from service.errors import Conflict, Invalid, NotFound, TooLarge
+from service.errors import Conflict, Damaged, Invalid, NotFound, TooLarge
 from service.registry import SAES, Registry, check_id
 from service.rows import F32
 from service.sae import Sae
@@ -58,7 +58,10 @@ def read_folder(folder: Path) -> dict[str, bytes]:
             continue
         if (size := path.stat().st_size) > most:
             raise TooLarge("sae_too_large", f"{path} has {size} bytes; {most} are the most.", param="path")
-        files[name] = path.read_bytes()
+        try:
+            files[name] = path.read_bytes()
+        except OSError as error:
+            raise Invalid("file_not_readable", f"{path}: {error.strerror}.", param="path") from error
     return files
 
 
@@ -125,11 +128,14 @@ def describe(
 
 
 def publish(registry: Registry, record: SaeRecord, files: Mapping[str, bytes]) -> SaeRecord:
-    """Store the folder, then the record. The same SAE of the same model under the same id is no error.
+    """Store the folder, then the record. The same SAE of the same model under the same id is no error, and puts
+    files back that are damaged or gone.
 
     Raises Conflict.
     """
     known = registry.find(SAES, record.id)
+    if known is not None and (known.sha256, known.model) == (record.sha256, record.model):
+        _mend(registry.storage, known, files)
     if known is None:
         registry.storage.publish(
             folder(record), {k: v for k, v in files.items() if k != CONFIG}, (CONFIG, files[CONFIG])
@@ -144,6 +150,15 @@ def publish(registry: Registry, record: SaeRecord, files: Mapping[str, bytes]) -
     return known or record
 
 
+def _mend(storage: Storage, record: SaeRecord, files: Mapping[str, bytes]) -> None:
+    for name, sha256 in record.files.items():
+        path = f"{folder(record)}/{name}"
+        try:
+            storage.read(path, sha256=sha256, cached=False)
+        except (NotFound, Damaged):
+            storage.write(path, files[name])
+
+
 def _config(files: Mapping[str, bytes]) -> SaeConfig:
     return saelens.parse(*(_json(files, name) for name in (CONFIG, SCALER)))
 
@@ -151,7 +166,7 @@ def _config(files: Mapping[str, bytes]) -> SaeConfig:
 def _json(files: Mapping[str, bytes], name: str) -> Any:
     try:
         return json.loads(files[name]) if name in files else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid("not_an_sae", f"{name} is not valid JSON: {str(error)[:200]}.", param=name) from error
 
 
@@ -288,4 +303,8 @@ def label(
 
 
 def _labels_file(record: SaeRecord) -> str:
-    return f"saes/{record.id}/{_LABELS}"
+    return labels_file(record.id)
+
+
+def labels_file(sae_id: str) -> str:
+    return f"saes/{sae_id}/{_LABELS}"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from service import artifacts, codec, indexes, shards
+from service import artifacts, codec, indexes, saes, shards
 from service.contracts import ConceptRecord, DatasetRecord, IndexRecord
 from service.errors import Damaged, NotFound
-from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, Collection, record_file
+from service.registry import CONCEPTS, DATASETS, INDEXES, MODELS, SAES, Collection, record_file
 from service.results import read_sealed
+from service.sae_records import Labels, SaeRecord
 from service.specs import Built, IndexManifest
 from service.storage import Storage, sha256_bytes
 from service.tasks import Artifact, ShardManifest
@@ -27,13 +28,14 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 MISSING, CHANGED, UNREADABLE = "missing", "changed", "unreadable"
-RECORD, MANIFEST, SHARD, ARTIFACT, DATASET, CONCEPT = (
+RECORD, MANIFEST, SHARD, ARTIFACT, DATASET, CONCEPT, SAE = (
     "record",
     "manifest",
     "shard",
     "artifact",
     "dataset",
     "concept",
+    "sae",
 )
 _THREADS = 8
 _REFERS = ("eigen:", "lambda:")  # facts of a curvature that name artifacts of its modules
@@ -48,7 +50,7 @@ class Damage:
 
     file: str
     what: str  # missing | changed | unreadable
-    belongs_to: str  # record | manifest | shard | artifact | dataset | concept
+    belongs_to: str  # record | manifest | shard | artifact | dataset | concept | sae
     owner: str
     pinned: str | None = None  # of a shard's manifest: the sha256 by which the index names it
 
@@ -123,6 +125,7 @@ class _Walk:
         if record is not None:
             self._record(MODELS, record.model)
             self._concepts(record)
+            self._saes(record)
         if manifest is not None:
             self._datasets(manifest)
             self._results(manifest, believed=record is not None)
@@ -156,6 +159,15 @@ class _Walk:
             if isinstance(concept, ConceptRecord) and concept.lineage == record.lineage:
                 file = f"concepts/{concept.id}/direction-{concept.sha256[:16]}.safetensors"
                 self._add(file, concept.sha256, CONCEPT, concept.id)
+
+    def _saes(self, record: IndexRecord) -> None:
+        """Those whose features may be asked of the index, with what has been said of them."""
+        for held in self._map("saes", self._load, self._sealed_of(SAES), "records"):
+            if isinstance(held, SaeRecord) and held.lineage == record.lineage:
+                for name, sha256 in held.files.items():
+                    self._add(f"{saes.folder(held)}/{name}", sha256, SAE, held.id)
+                if self._storage.exists(labels := saes.labels_file(held.id)):
+                    self._read(labels, Labels, SAE, held.id)
 
     def _datasets(self, manifest: IndexManifest) -> None:
         """The parts whose examples are shown, and the query sets."""

@@ -113,6 +113,8 @@ def test_old_files_name_their_layer_apart():
         (new(normalize_activations="expected_average_only_in"), "sae_normalisation", "fold_activation_norm"),
         (old(normalize_activations=True), "sae_normalisation", "expected_average_only_in"),
         (new(normalize_activations="covariance_whitening"), "sae_normalisation", "covariance_whitening"),
+        (new(normalize_activations={}), "sae_normalisation", "{}"),
+        (new(metadata={"hook_name": f"blocks.{'9' * 5000}.hook_resid_post"}), "sae_hook", "999"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(config, code, says):

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from benchmarks.lab import Quiet
-from service import artifacts, codec, concepts, filters, indexes, sae, saelens, saes
+from service import artifacts, codec, concepts, filters, indexes, sae, saelens, saes, verify
 from service.cache import LoadingCache
 from service.contracts import JobRecord
 from service.errors import Conflict, Damaged, Interrupted, Invalid, NotFound
@@ -435,12 +435,23 @@ def test_damaged_weights_are_told_with_their_file_and_never_used(world, monkeypa
     path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     try:
         for call in (lambda: view(world), lambda: ask(world, concept="sae:s/7")):
-            with pytest.raises(Damaged, match="again, under another id") as caught:
+            with pytest.raises(Damaged, match="under the same id") as caught:
                 call()
             assert caught.value.param == f"{saes.folder(world.sae)}/{saelens.WEIGHTS}"
+        (found,) = verify.verify(world.lab.storage, world.index.id).damage
+        assert (found.file, found.what, found.belongs_to, found.owner) == (
+            caught.value.param,
+            "changed",
+            "sae",
+            "s",
+        )
+        files = {name: (path.parent / name).read_bytes() for name in world.sae.files} | {path.name: intact}
+        assert saes.publish(world.lab.registry, world.sae, files) == world.sae
+        assert path.read_bytes() == intact
     finally:
         path.write_bytes(intact)
     assert view(world).rows == 80
+    assert verify.verify(world.lab.storage, world.index.id).damage == ()
 
 
 # --- the view of a dataset --------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from service.verify import (
     DATASET,
     MISSING,
     RECORD,
+    SAE,
     SHARD,
     UNREADABLE,
     Damage,
@@ -355,7 +356,7 @@ class Repair:
     def _unmended(self, left: Sequence[Damage], done: Sequence[str]) -> Damaged:
         first = left[0]
         _, what = remedy(first.file, None)
-        if first.belongs_to not in {DATASET, CONCEPT} and not first.file.startswith("datasets/"):
+        if first.belongs_to not in {DATASET, CONCEPT, SAE} and not first.file.startswith("datasets/"):
             what = "Put it back from a backup, or build a new version."
         others = f" So are {len(left) - 1} other files." if len(left) > 1 else ""
         mended = f" {len(done)} files were repaired." if done else ""
