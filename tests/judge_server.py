@@ -2,11 +2,11 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = tuple[int, dict[str, str], Any]  # status, headers, body: JSON, or bytes as they are
+Reply = tuple[int, dict[str, str], Any]  # status, headers, body: JSON, or bytes as they are, at once or one by one
 
 
 def completion(text: str | None, top: dict[str, float] | None = None, **choice: Any) -> Reply:
@@ -44,12 +44,15 @@ class JudgeServer:
                 finally:
                     with outer._lock:
                         outer.now -= 1
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                pieces = body if isinstance(body, Iterator) else [body]
+                pieces = pieces if isinstance(body, bytes | Iterator) else [json.dumps(body).encode()]
+                length = {} if isinstance(body, Iterator) else {"Content-Length": str(len(pieces[0]))}
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                for name, value in {**length, **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                for piece in pieces:
+                    self.wfile.write(piece)
 
             def log_message(self, *_words: Any) -> None: ...
 

@@ -86,6 +86,7 @@ def test_a_refusal_is_one_in_words_and_in_its_own_field():
     assert said("REFUSAL").reason == said(" refusal.").reason == REFUSAL
     reply = {"message": {"role": "assistant", "content": None, "refusal": "I cannot judge this."}}
     assert read_score(reply).reason == REFUSAL
+    assert said("half \ud83d").said == "half ?"  # what no record could keep
 
 
 @pytest.mark.parametrize("broken", [None, [], {"content": []}, {"content": [{"top_logprobs": [{"token": "5"}]}]}])
@@ -152,10 +153,11 @@ def test_so_many_at_a_time_and_no_more(server, storage):
 
 
 def test_errors_that_pass_and_replies_that_are_none_are_asked_again(server, storage):
-    replies = iter([(503, {}, b""), (200, {}, b"<html>a proxy's page</html>"), completion("42")])
+    odd = (200, {}, b"<html>a proxy's page</html>"), (200, {}, b"[" * 200_000)
+    replies = iter([(503, {}, b""), *odd, completion("42")])
     server.answer = lambda _sent: next(replies)
-    assert asker(server, storage).ask(["q"], Silent())[0].score == 42
-    assert len(server.asked) == 3
+    assert asker(server, storage, patience=replace(QUICK, attempts=4)).ask(["q"], Silent())[0].score == 42
+    assert len(server.asked) == 4
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_it_says(server, storage):
@@ -205,6 +207,13 @@ def test_a_reply_that_takes_too_long_is_given_up(server, storage):
     release.set()
 
 
+def test_a_reply_that_trickles_in_is_given_up_too(server, storage):
+    """Every piece comes within the timeout, and they do not end."""
+    server.answer = lambda _sent: (200, {"Content-Length": "1000"}, (time.sleep(0.02) or b" " for _ in range(50)))
+    with pytest.raises(Unavailable, match="not complete after"):
+        asker(server, storage, patience=replace(QUICK, attempts=1, timeout_s=0.1)).ask(["q"], Silent())
+
+
 def test_a_reply_without_end_is_not_read_to_its_end(server, storage):
     whole = json.dumps(completion("42")[2]).encode()
     server.answer = lambda _sent: (200, {}, b" " * (2 << 20) + whole)
@@ -235,6 +244,15 @@ def test_a_question_that_is_refused_in_every_form_changes_nothing_for_the_others
         judge.ask(["long"], Silent())
     assert asker(server, storage).ask(["short"], Silent())[0].score == 3
     assert "logprobs" in server.asked[-1][0]
+    for parallel in (1, 4):
+        questions = [*("a", "too long", "c")][:: 1 if parallel == 1 else -1]
+        found = dict(
+            zip(questions, asker(server, storage, parallel=parallel).ask(questions, Silent()), strict=True)
+        )
+        assert found["too long"] == Verdict(None, UNREADABLE, "400: too long.")
+        assert (found["a"].score, found["c"].score) == (3, 3)
+    with pytest.raises(Invalid, match="too long"):
+        asker(server, storage).ask([f"long {n}" for n in range(9)], Silent())
 
 
 def test_a_job_that_is_cancelled_stops_asking(server, storage):

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from service import artifacts, codec
 from service.contracts import JobContext
 from service.errors import Invalid, Unavailable
-from service.judging import HttpJudge, Verdict
+from service.judging import UNREADABLE, HttpJudge, Verdict
 from service.storage import Storage
 from service.work import FORMAT
 from workers.scores import read_score
@@ -32,6 +32,8 @@ OK = 200
 _MOST_BYTES = 1 << 20  # of a reply
 _SHOWN = 300
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_OF_ONE = {400, 413, 422}  # may be about this question alone: a content filter, a text that is too long
+_MOST_REFUSED = 3  # such questions, before a judge that has answered none is given up
 
 # What is asked for beside the question; a server that refuses one is asked with the next from then on.
 _FORMS: tuple[dict[str, Any], ...] = (
@@ -79,7 +81,8 @@ class Asker:
 
     def ask(self, questions: Sequence[str], context: JobContext) -> list[Verdict]:
         """A verdict for every question. Raises what ``context.check`` raises, Invalid for what a judge will never
-        accept, and Unavailable when it did not answer in time; verdicts so far are kept.
+        accept, and Unavailable when it did not answer in time; verdicts so far are kept. A question that it refuses
+        while it answers others has no score.
         """
         keys = [codec.digest([FORMAT, "verdict", self._judge.url, self._judge.model, each]) for each in questions]
         pool = ThreadPoolExecutor(self._parallel, "judge")
@@ -90,6 +93,7 @@ class Asker:
         total, known_before = len(unique), len(found)
         context.progress(_STAGE, known_before, total, unit="answers", resumed=known_before)
         running: dict[Future[Verdict], str] = {}
+        refused: dict[str, Invalid] = {}
         with self._connected() as client:
             try:
                 while missing or running:
@@ -98,16 +102,28 @@ class Asker:
                         running[pool.submit(self._one, client, key, question)] = key
                     done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                     for future in done:
-                        found[running.pop(future)] = future.result()
-                    context.progress(_STAGE, len(found), total, unit="answers", resumed=known_before)
+                        key = running.pop(future)
+                        try:
+                            found[key] = future.result()
+                        except Invalid as error:
+                            refused[key] = error
+                            of_all = not found and len(refused) >= min(_MOST_REFUSED, total)
+                            if of_all or error.context.get("status") not in _OF_ONE:
+                                raise
+                    told = len(found) + len(refused)
+                    context.progress(_STAGE, told, total, unit="answers", resumed=known_before)
                     context.check()
             finally:
                 self._stop.set()  # who sleeps need not go on; who has an answer on the way keeps it
                 pool.shutdown(wait=False, cancel_futures=True)
+        for key, error in refused.items():  # kept only now that the judge is known to answer
+            found[key] = self._kept(key, Verdict(None, UNREADABLE, error.context["reply"]))
         return [found[key] for key in keys]
 
     def _one(self, client: httpx.Client, key: str, question: str) -> Verdict:
-        verdict = self._verdict(client, question)
+        return self._kept(key, self._verdict(client, question))
+
+    def _kept(self, key: str, verdict: Verdict) -> Verdict:
         artifacts.publish(self._storage, key, {}, facts=_to_facts(verdict), answer=True)
         return verdict
 
@@ -148,11 +164,13 @@ class Asker:
         messages = [{"role": "user", "content": question}]
         sent = {"model": self._judge.model, "messages": messages, **_FORMS[form]}
         with client.stream("POST", f"{self._judge.url}/chat/completions", json=sent) as response:
-            body = b""
+            body, end = b"", time.monotonic() + self._patience.timeout_s
             for piece in response.iter_bytes():
                 body += piece
                 if len(body) > _MOST_BYTES:
                     break
+                if time.monotonic() > end:  # each piece came in time, but they do not end
+                    raise httpx.ReadTimeout(f"the reply was not complete after {self._patience.timeout_s:g} s")
             return response.status_code, response.headers, body
 
     def _pause(self) -> None:
@@ -187,13 +205,15 @@ class Asker:
             404: "Is the base URL right (it often ends in /v1), and the name of the model?",
         }.get(status, "Is it an OpenAI-compatible endpoint with /chat/completions?")
         detail = f"{self._judge.url} answered {status}: {self._shown(body)} {what}"
-        return Invalid("judge_refuses", detail, param="judge", context={"status": status})
+        about = {"status": status, "reply": f"{status}: {self._shown(body)}"}
+        return Invalid("judge_refuses", detail, param="judge", context=about)
 
     def _shown(self, body: bytes) -> str:
         """The beginning of a reply, without the key: some servers repeat it."""
-        text = " ".join(body[: 4 * _SHOWN].decode(errors="replace").split())
-        if self._key:
+        text = body.decode(errors="replace")
+        if self._key:  # before it is cut, or half of it might be left
             text = text.replace(self._key.get_secret_value(), "[key]")
+        text = " ".join(text[: 4 * _SHOWN].split())
         return f"{text[:_SHOWN] or 'no body'}."
 
 
@@ -202,7 +222,7 @@ def _choice(body: bytes) -> dict[str, Any] | None:
     try:
         choice = json.loads(body)["choices"][0]
         return choice if isinstance(choice["message"], dict) else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

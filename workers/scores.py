@@ -22,7 +22,9 @@ def read_score(choice: Mapping[str, Any]) -> Verdict:
     """``choice``: of a chat completion, with ``message`` and perhaps ``logprobs``."""
     message = choice.get("message") or {}
     text = message.get("content")
-    said = (text if isinstance(text, str) else "").strip()
+    said = (
+        (text if isinstance(text, str) else "").encode(errors="replace").decode().strip()
+    )  # half a character: "?"
     shown = said[:_SAID]
     if message.get("refusal") or "REFUSAL" in said.upper():
         return Verdict(None, REFUSAL, shown or "REFUSAL")
