@@ -103,11 +103,35 @@ def _read(about: Mapping[str, Any]) -> ConceptRecord:
         detail = f"The sidecar has format {about.get('format')!r}; this server reads {FORMAT!r}."
         raise Invalid("other_format", detail, param="concept.format")
     try:
-        return codec.from_plain(ConceptRecord, plain)
+        codec.canonical(plain)
+    except (ValueError, RecursionError) as error:  # NaN and half a character are no JSON: no record could keep them
+        raise Invalid("bad_sidecar", f"The sidecar is not what JSON can say: {error}.", param="concept") from error
+    try:
+        told = codec.from_plain(ConceptRecord, plain)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise Invalid("bad_sidecar", f"{where}: {first['msg']}.", param=f"concept.{where}") from error
+    _check_figures(told)
+    return told
+
+
+def _check_figures(told: ConceptRecord) -> None:
+    """What answers say of the concept is read off its record: it must make sense. Raises Invalid."""
+    area, evidence = told.auroc_held_out, told.evidence
+    wrong = None
+    if area is not None and not 0 <= area <= 1:
+        wrong = "auroc_held_out", f"{area:g} is no AUROC"
+    elif min(told.n_positive, told.n_negative) < 0:
+        wrong = "n_positive", "there cannot be fewer than no examples"
+    elif not told.norm >= 0:
+        wrong = "norm", f"{told.norm:g} is no length"
+    elif evidence is not None and told.layer != evidence.layer:
+        wrong = "evidence.layer", f"the concept lies at layer {told.layer}, its evidence is of {evidence.layer}"
+    elif evidence is not None and evidence.layer not in {each.layer for each in evidence.layers}:
+        wrong = "evidence.layers", f"layer {evidence.layer} is not among them"
+    if wrong is not None:
+        raise Invalid("bad_sidecar", f"{wrong[0]}: {wrong[1]}.", param=f"concept.{wrong[0]}")
 
 
 def _home(registry: Registry, told: ConceptRecord, model: str | None) -> ModelRecord:

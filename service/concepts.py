@@ -9,7 +9,7 @@ from safetensors.numpy import save as save_safetensors
 
 from service import codec, saes
 from service.contracts import ConceptRecord, IndexRecord
-from service.errors import Damaged, Invalid, NotFound
+from service.errors import Conflict, Damaged, Invalid, NotFound
 from service.evidence import FEW
 from service.registry import CONCEPTS, SAES, Registry, check_id
 from service.rows import F32
@@ -82,10 +82,18 @@ def publish_feature(
     about = {"provenance": provenance, "sha256": sha256_bytes(tensor), "created_at": codec.now()}
     record = replace(made, id=concept_id, **about)
     known = registry.find(CONCEPTS, concept_id)
-    if known is not None and (known.sha256, known.provenance.get("sae")) == (record.sha256, sae_id):
-        return known
-    publish(registry.storage, registry, record, tensor)
-    return record
+    if known is None:
+        try:
+            publish(registry.storage, registry, record, tensor)
+        except Conflict:  # at the same moment by somebody else
+            known = registry.get(CONCEPTS, concept_id)
+    if known is None:
+        return record
+    if (known.sha256, known.provenance.get("sae"), known.pooling) != (record.sha256, sae_id, record.pooling):
+        detail = f"There is another concept {concept_id!r} already, and it never changes. Choose another id."
+        raise Conflict("concept_exists", detail, param="id")
+    mend(registry.storage, known, tensor)
+    return known
 
 
 def doubts(concept: ConceptRecord) -> list[str]:
@@ -95,10 +103,16 @@ def doubts(concept: ConceptRecord) -> list[str]:
         return []
     said = []
     interval = concept.evidence.chosen.auroc_interval if concept.evidence else None
+    of_choice = concept.evidence.auroc_of_choice if concept.evidence else None
     if auroc < _POOR:
         said.append(
             f"Concept {concept.id!r} separates its own examples poorly (held-out AUROC {auroc:.2f}): the ranking "
             "may mean little."
+        )
+    elif of_choice is not None and of_choice < _POOR:
+        said.append(
+            f"The layer of concept {concept.id!r} was chosen as the best of several. With the choice held out too, "
+            f"its AUROC is {of_choice:.2f}, not {auroc:.2f}: the ranking may mean little."
         )
     if interval is not None and interval[0] <= 0.5:
         said.append(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service import codec, concepts
+from service import codec, concepts, saes
 from service.contracts import ConceptRecord, ModelRecord
 from service.errors import Conflict, Invalid
 from service.questions import Weighted
@@ -47,8 +47,13 @@ def derive(storage: Storage, registry: Registry, new_id: str, recipe: Recipe) ->
 
     Raises NotFound, Conflict, and Invalid where concepts do not belong together or cancel each other out.
     """
-    terms = [concepts.get(registry, each.id, param=f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
-    out = [concepts.get(registry, name, param=f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
+    named = [(each.id, f"terms[{n}].concept") for n, each in enumerate(recipe.terms)]
+    named += [(name, f"project_out[{n}]") for n, name in enumerate(recipe.project_out)]
+    # A feature of an SAE of single positions takes the pooling of what it is put together with.
+    told = (registry.find(CONCEPTS, name) for name, _ in named if saes.split(name) is None)
+    pooling = next((each.pooling for each in told if each is not None), None)
+    found = [concepts.get(registry, name, param=param, pooling=pooling) for name, param in named]
+    terms, out = found[: len(recipe.terms)], found[len(recipe.terms) :]
     first = terms[0]
     concepts.check_alike(terms, param="terms[{}].concept")
     concepts.check_alike([first, *out], param="project_out[{}]", skip=1)
@@ -154,7 +159,13 @@ def register(
     if known is not None:
         detail = f"There is another concept {record.id!r} already, and it never changes. Choose another id."
         raise Conflict("concept_exists", detail, param="id")
-    concepts.publish(storage, registry, record, tensor)
+    try:
+        concepts.publish(storage, registry, record, tensor)
+    except Conflict:  # at the same moment by somebody else
+        known = registry.find(CONCEPTS, record.id)
+        if known is None or not _same(known, record):
+            raise
+        return known
     return record
 
 

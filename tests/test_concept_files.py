@@ -3,8 +3,10 @@
 import base64
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,16 @@ from safetensors.numpy import save as save_safetensors
 
 from api.client import Client, WhenceError
 from api.main import create_app
-from service import concepts
+from service import codec, concepts
 from service.contracts import ConceptRecord, ModelRecord
 from service.derived import combine
 from service.errors import DomainError
+from service.evidence import Evidence, LayerEvidence
 from service.redis_server import EmbeddedRedis
 from service.registry import CONCEPTS, MODELS, Registry
 from service.settings import Settings
 from service.storage import Storage
+from service.terms import ProbeMethod
 
 D = 8
 RNG = np.random.default_rng(3)
@@ -113,6 +117,20 @@ def test_a_recipe_is_kept_and_sent_twice_registered_once(site: Site) -> None:
     refused(lambda: site.derive_concept("x", {"a": 2}), 409, "concept_exists", "'x'", param="id")
 
 
+def test_the_same_request_many_times_at_once_registers_one_concept(site: Site) -> None:
+    give(site, "a")
+    together = Barrier(6)
+
+    def derive(number: int) -> ConceptRecord:
+        together.wait(10)
+        return site.derive_concept(f"d{number // 6}", {"a": -2.0})
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(derive, number) for number in range(30)]
+    made = [each.result() for each in asked]
+    assert made == [each for number in range(5) for each in [site.concept(f"d{number}")] * 6]
+
+
 def test_concepts_of_different_spaces_are_not_added(site: Site) -> None:
     give(site, "a")
     for name, about, differing in (
@@ -188,6 +206,8 @@ def test_an_import_belongs_to_a_model_of_its_lineage(site: Site, tmp_path: Path)
     )  # fmt: skip
     refused(lambda: site.import_concept(tensor, concept_id="x", model="wide"), 422, "concept_of_other_width", "16")
     told = json.loads(sidecar.read_text())
+    at = LayerEvidence(2, 0.9, (0.8, 1.0), 0.1, 0.1, 0.9, {})
+    evidence = codec.to_plain(Evidence(ProbeMethod.LDA, 5, 5, 0, 5, 2, (at,), None, 1.0, 0.0, ()))
     for change, code in (
         ({"lineage": "unknown"}, "concept_of_other_lineage"),
         ({"layer": 9}, "layer_out_of_range"),
@@ -195,9 +215,19 @@ def test_an_import_belongs_to_a_model_of_its_lineage(site: Site, tmp_path: Path)
         ({"format": "2"}, "other_format"),
         ({"width": 9}, "concept_of_other_width"),
         ({"sha256": "0"}, "other_safetensors"),
+        ({"auroc_held_out": 1.5}, "bad_sidecar"),
+        ({"evidence": evidence | {"layer": 1}}, "bad_sidecar"),
+        ({"evidence": evidence | {"layers": []}}, "bad_sidecar"),
     ):
         sidecar.write_text(json.dumps(told | change))
         refused(lambda: site.import_concept(tensor, concept_id="x"), 422, code)
+    sent = {"id": "x", "safetensors": base64.b64encode(tensor.read_bytes()).decode()}
+    for change in ({"norm": float("nan")}, {"provenance": {"said": "half \ud83d"}}):  # what Python takes for JSON
+        body = json.dumps({**sent, "concept": told | change})
+        answer = site._http.post("/v1/concepts:import", content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["code"]) == (422, "bad_sidecar")
+    sidecar.write_text(json.dumps(told | {"evidence": evidence}))
+    assert site.import_concept(tensor, concept_id="x").evidence is not None
 
 
 def test_a_vector_of_another_library(site: Site, tmp_path: Path) -> None:
