@@ -71,6 +71,9 @@ def suggest_concepts(
     index: Annotated[
         str | None, typer.Option(help="Index whose main directions are candidates as well (name, or name@v3).")
     ] = None,
+    query_set: Annotated[
+        str | None, typer.Option(help="What its embeddings are about, where it has several.")
+    ] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Only at this layer; repeatable.")] = None,
     pooling: PoolingOption = Pooling.RESPONSE_MEAN,
     k: Annotated[int, typer.Option("-k", "--k", help="How many suggestions.", min=1, max=1000)] = 10,
@@ -83,7 +86,7 @@ def suggest_concepts(
     in each file. What it names can be asked for: `whence query --concept sae:sft-sae/17 …`
     """
     sides = {"positive": _lines(positive), "negative": _lines(negative)}
-    about = {"layers": layer or [], "pooling": pooling, "index": index, "k": k}
+    about = {"layers": layer or [], "pooling": pooling, "index": index, "query_set": query_set, "k": k}
     with connect(url) as client:
         answer = until_ready(client, lambda: client.suggest_concepts(model=model, **sides, **about))
     if as_json:

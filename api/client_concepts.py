@@ -63,7 +63,7 @@ class ConceptCalls(Transport):
     ) -> SuggestionsOut | JobRecord:
         """Which known directions tell a few labelled examples apart; or the job that must end first.
 
-        Examples are texts, or objects as in a line of a dataset; ``options``: layers, pooling, index, k.
+        Examples are texts, or objects as in a line of a dataset; ``options``: layers, pooling, index, query_set, k.
         """
         body = {"model": model, "positive": list(positive), "negative": list(negative), **options}
         response = self._send("POST", "/v1/concepts:suggest", json=body)

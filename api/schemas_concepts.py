@@ -62,6 +62,7 @@ class SuggestIn(Request):
     layers: list[int] = Field([], description="Default: all at which a candidate lies")
     pooling: Pooling = Pooling.RESPONSE_MEAN
     index: str | None = Field(None, description="Index whose main directions are candidates as well")
+    query_set: str | None = Field(None, description="What its embeddings are about, where it has several")
     k: int = Field(20, ge=1, le=1000, description="How many suggestions")
 
     model_config = ConfigDict(

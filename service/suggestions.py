@@ -6,20 +6,22 @@ later is among them when the same question is asked again.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service import artifacts, codec, concepts, sae, saes
+from service import artifacts, codec, concepts, damage, indexes, labelled, sae, saes
 from service.contracts import ConceptRecord, DatasetRecord, JobRecord, ModelRecord
-from service.directions import Directions, DirectionsRequest, DirectionsService
-from service.errors import Invalid
+from service.directions import Directions, DirectionsRequest, DirectionsService, embeddings
+from service.errors import Damaged, Invalid, NotFound
 from service.jobs import Jobs
-from service.labelled import keep
 from service.planning import layers_of, reading_of
 from service.rankings import average_ranks
 from service.registry import CONCEPTS, MODELS, SAES, Registry
+from service.rows import F32
+from service.sae_records import Labels
 from service.settings import Settings
 from service.specs import SuggestSpec
 from service.storage import Storage
@@ -36,7 +38,9 @@ Named = tuple[str, str, str | None, int]  # kind, id, label and layer of a candi
 
 @dataclass(frozen=True)
 class SuggestRequest:
-    """``layers`` empty: all that a candidate lies at. ``index``: whose main directions are candidates as well."""
+    """``layers`` empty: all that a candidate lies at. ``index``: whose main directions are candidates too, those of
+    its embeddings about ``query_set`` where it has several.
+    """
 
     model: str
     positive: tuple[object, ...]
@@ -44,6 +48,7 @@ class SuggestRequest:
     layers: tuple[int, ...]
     pooling: Pooling
     index: str | None
+    query_set: str | None
     count: int
 
 
@@ -126,8 +131,7 @@ class SuggestService:
         """
         model = self._registry.get(MODELS, request.model, param="model")
         sides = [self._side(request, name) for name in ("positive", "negative")]
-        shared = {each.fingerprint for each in sides}
-        if len(shared) == 1:
+        if sides[0].fingerprint == sides[1].fingerprint:
             raise Invalid("identical_sides", "Both sides are the same examples.", param="negative")
         directions = self._of_index(request, model)
         if isinstance(directions, JobRecord):
@@ -144,15 +148,17 @@ class SuggestService:
                 detail = f"Fewer than {FEWEST} {name} examples can be used; {quarantined} were set aside."
                 raise Invalid("too_few_examples", detail, param=name)
         found: list[Suggestion] = []
+        left_out: list[str] = []
         for layer in lie:
             both = [tensors[f"{name}_{layer}"].astype(np.float64) for name in ("positive", "negative")]
-            for about, ours, theirs in self._candidates(request, model, layer, directions, *both):
+            for about, ours, theirs in self._candidates(request, model, layer, directions, left_out, *both):
                 found += _suggested(about, separation(ours, theirs))
         found.sort(key=lambda each: (-each.auroc, -each.effect, each.id))
         first = f"positive_{lie[0]}"
         n, m = len(tensors[first]), len(tensors[first.replace("positive", "negative")])
         expected = len(found) * found[0].p if found else 0.0
-        warnings = _warnings(found, expected, n, m, quarantined)
+        both_ways = len(labelled.shared(self._storage, *sides)[0])
+        warnings = (*_warnings(found, expected, n, m, quarantined, both_ways), *left_out)
         return Suggestions(tuple(found[: request.count]), len(found), expected, n, m, quarantined, warnings)
 
     def _side(self, request: SuggestRequest, name: str) -> DatasetRecord:
@@ -161,16 +167,24 @@ class SuggestService:
             detail = f"{len(sent)} {name} examples; {FEWEST} are least, 10 are good."
             raise Invalid("too_few_examples", detail, param=name)
         most = self._settings.max_line_bytes
-        return keep(self._storage, self._registry, sent, side=name, max_bytes=most)
+        return labelled.keep(self._storage, self._registry, sent, side=name, max_bytes=most)
 
-    def _of_index(self, request: SuggestRequest, model: ModelRecord) -> Directions | JobRecord | None:
+    def _of_index(self, request: SuggestRequest, model: ModelRecord) -> list[Directions] | JobRecord:
+        """The main directions of the index, at every layer at which it has any and that is asked for."""
         if request.index is None:
-            return None
-        asked = DirectionsRequest(request.index, None, None, None, None, _DIRECTIONS, 0, 1, 0)
-        found = self._directions.run(asked)
-        if isinstance(found, Directions) and found.index.lineage != model.lineage:
-            detail = f"Index {found.index.id} is of {found.index.model!r}, which is no relation of {model.id!r}."
+            return []
+        index = indexes.resolve(self._registry, request.index)
+        if index.lineage != model.lineage:
+            detail = f"Index {index.id} is of {index.model!r}, which is no relation of {model.id!r}."
             raise Invalid("index_of_other_lineage", detail, param="index")
+        held = {array.layer for array in embeddings(index) if array.layer is not None}
+        found: list[Directions] = []
+        for layer in sorted(held & set(request.layers) if request.layers else held):
+            asked = DirectionsRequest(index.id, request.query_set, layer, None, None, _DIRECTIONS, 0, 1, 0)
+            made = self._directions.run(asked)
+            if isinstance(made, JobRecord):
+                return made
+            found.append(made)
         return found
 
     def _fit(self, request: SuggestRequest, model: ModelRecord) -> Iterator[ConceptRecord]:
@@ -180,12 +194,11 @@ class SuggestService:
             if alike and record.layer <= model.n_layers:
                 yield record
 
-    def _layers(self, request: SuggestRequest, model: ModelRecord, directions: Directions | None) -> list[int]:
+    def _layers(self, request: SuggestRequest, model: ModelRecord, directions: Sequence[Directions]) -> list[int]:
         """Where candidates lie, among those that are asked for."""
         found = {record.layer for record in self._fit(request, model)}
         found |= {record.layer for record in self._saes(request, model)}
-        if directions is not None and directions.array.layer is not None:
-            found.add(directions.array.layer)
+        found |= {each.array.layer for each in directions if each.array.layer is not None}
         if request.layers:
             found &= set(layers_of(model, request.layers, param="layers"))
         if not found:
@@ -222,32 +235,53 @@ class SuggestService:
         request: SuggestRequest,
         model: ModelRecord,
         layer: int,
-        directions: Directions | None,
+        directions: Sequence[Directions],
+        left_out: list[str],
         positive: F64,
         negative: F64,
     ) -> Iterator[tuple[list[Named], F64, F64]]:
-        """Of every family at a layer: (kind, id, label, layer) of each, and the values of both sides."""
-        held = [record for record in self._fit(request, model) if record.layer == layer]
+        """Of every family at a layer: (kind, id, label, layer) of each, and the values of both sides. What nobody
+        can read is told in ``left_out``: others' concepts are no reason to answer nothing.
+        """
+        held: list[tuple[ConceptRecord, F32]] = []
+        for record in self._fit(request, model):
+            if record.layer == layer:
+                with _told(f"Concept {record.id!r}", left_out):
+                    held.append((record, concepts.direction(self._storage, record)))
         if held:
-            rows = np.array([concepts.direction(self._storage, record) for record in held], dtype=np.float64)
-            named: list[Named] = [("concept", record.id, None, layer) for record in held]
+            rows = np.array([row for _, row in held], dtype=np.float64)
+            named: list[Named] = [("concept", record.id, None, layer) for record, _ in held]
             yield named, positive @ rows.T, negative @ rows.T
         for record in self._saes(request, model):
-            if record.layer != layer:
+            values: list[F64] = []
+            labels = Labels()
+            if record.layer == layer:
+                with _told(f"SAE {record.id!r}", left_out):
+                    labels = saes.labels(self._storage, record)
+                    values = [_encoded(saes.read(self._storage, record), side) for side in (positive, negative)]
+            if not values:
                 continue
-            values = [_encoded(saes.read(self._storage, record), side) for side in (positive, negative)]
             fires = np.flatnonzero((values[0] > 0).any(axis=0) | (values[1] > 0).any(axis=0))
-            labels = saes.labels(self._storage, record)
             ids = [(saes.concept_id(record.id, feature), labels.of(feature)) for feature in fires.tolist()]
             named: list[Named] = [("sae_feature", *each, layer) for each in ids]
             yield named, values[0][:, fires], values[1][:, fires]
-        if directions is not None and directions.array.layer == layer and directions.directions:
-            rows = np.array([each.vector for each in directions.directions], dtype=np.float64)
+        for of_layer in directions:
+            if of_layer.array.layer != layer or not of_layer.directions:
+                continue
+            rows = np.array([each.vector for each in of_layer.directions], dtype=np.float64)
             named: list[Named] = [
-                ("direction", f"{directions.index.id} direction {each.number}", _along(each), layer)
-                for each in directions.directions
+                ("direction", f"{of_layer.index.id} direction {each.number}", _along(each), layer)
+                for each in of_layer.directions
             ]
             yield named, positive @ rows.T, negative @ rows.T
+
+
+@contextmanager
+def _told(what: str, left_out: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (Damaged, NotFound) as error:
+        left_out.append(f"{what} is left out: {damage.explained(error, None).detail}")
 
 
 def _encoded(held: sae.Sae, rows: F64) -> F64:
@@ -267,8 +301,12 @@ def _suggested(about: list[Named], found: Separation) -> list[Suggestion]:
     ]
 
 
-def _warnings(found: Sequence[Suggestion], expected: float, n: int, m: int, quarantined: int) -> tuple[str, ...]:
+def _warnings(
+    found: Sequence[Suggestion], expected: float, n: int, m: int, quarantined: int, both_ways: int
+) -> tuple[str, ...]:
     said = []
+    if both_ways:
+        said.append(f"{both_ways} of the examples are on both sides, and tell nothing apart: take them out of one.")
     if quarantined:
         said.append(f"{quarantined} examples were set aside: {n} positive and {m} negative ones are compared.")
     if found and expected > 0.5:

@@ -85,6 +85,7 @@ def suggest_concepts(body: SuggestIn, services: ServicesDep, response: Response)
         layers=tuple(body.layers),
         pooling=body.pooling,
         index=body.index,
+        query_set=body.query_set,
         count=body.k,
     )
     found = services.suggestions.run(request)
@@ -112,6 +113,12 @@ def list_concepts(services: ServicesDep) -> Items[ConceptRecord]:
 @router.get("/{concept_id}", summary="One concept, with its held-out AUROC", responses=documented(404))
 def get_concept(concept_id: str, services: ServicesDep) -> ConceptRecord:
     return services.registry.get(CONCEPTS, concept_id)
+
+
+@router.get("/sae:{sae_id}/{feature}", summary="A feature of an SAE as a concept", responses=documented(404, 422))
+def get_feature(sae_id: str, feature: str, services: ServicesDep) -> ConceptRecord:
+    """What queries take `sae:ID/N` for. It is registered nowhere; `POST /v1/saes/ID/features/N:concept` does it."""
+    return concepts.get(services.registry, f"sae:{sae_id}/{feature}")
 
 
 @router.get("/{concept_id}/sidecar", summary="What stands beside its safetensors file", responses=documented(404))
