@@ -292,6 +292,9 @@ def test_an_sae_is_trained_asked_labelled_and_imported_again(built, stack, clien
     client.label_features("ev-sae", {pushed.feature: "a push"}, author="ann")
     found = client.settle(lambda: client.features("evidence", sae="ev-sae", features=[pushed.feature]))
     assert (found.rows, found.features[0].label) == (80, "a push")
+    assert client.concept(pushed.concept).provenance["feature"] == pushed.feature
+    with pytest.raises(WhenceError, match="features 0 to 11"):
+        client.concept("sae:ev-sae/12")
     assert client.feature_concept("ev-sae", pushed.feature, "pushed").method == "sae_feature"
     named = client.ask(concept="pushed", **about).hits
     assert [hit.score for hit in named] == scores
@@ -345,6 +348,8 @@ def test_suggestions_come_from_concepts_features_and_directions(built, stack, cl
         client.suggest_concepts(**asked | {"negative": sent["neg"][:2]})
     with pytest.raises(WhenceError, match="same examples"):
         client.suggest_concepts(**asked | {"negative": sent["pos"]})
+    with pytest.raises(WhenceError, match="no dataset 'none'"):
+        client.suggest_concepts(**asked, query_set="none")
 
 
 def test_the_commands_for_saes_show_what_the_server_says(built, stack):

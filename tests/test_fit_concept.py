@@ -102,7 +102,8 @@ def test_datasets_a_label_and_lists_in_the_request_give_the_same_direction(site,
     label = site.fit("label", **LABEL)
     lists = site.fit("lists", positive=WARM, negative=COLD)
     assert two.sha256 == label.sha256 == lists.sha256
-    assert two.evidence == label.evidence == lists.evidence
+    assert two.evidence == lists.evidence == replace(label.evidence, warnings=())
+    assert "6 of the 86 examples of 'mixed' have no 'tone'" in label.evidence.warnings[0]
     assert label.provenance["labels"] == {"field": "tone", "positive": ["warm"], "negative": ["cold"]}
     inline = lists.provenance["positive"]["dataset"]
     kept = site.lab.registry.get(DATASETS, inline)
@@ -295,9 +296,9 @@ def test_few_unequal_unusable_and_repeated_examples_are_told(site):
     assert "1 of the examples stand on several lines" in said
 
 
-def evidence(n: int = 100, m: int = 100, **about: Any) -> Evidence:
+def evidence(n: int = 100, m: int = 100, about_choice: float = 0.87, **about: Any) -> Evidence:
     at = replace(layer(2, 0.9), **{"rank": 64, "shrinkage": 0.1, **about})
-    return Evidence(ProbeMethod.LDA, n, m, 0, 5, 2, (layer(1, 0.8), at), 0.85, 1.0, 0.0, ())
+    return Evidence(ProbeMethod.LDA, n, m, 0, 5, 2, (layer(1, 0.8), at), about_choice, 1.0, 0.0, ())
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,7 @@ def evidence(n: int = 100, m: int = 100, **about: Any) -> Evidence:
         (evidence(rank=40, shrinkage=None), ()),
         (evidence(c=0.01), ("strongest penalty",)),
         (evidence(c=10_000.0), ()),
+        (evidence(about_choice=0.84), ("best of 2 layers", "0.84, not 0.90")),
     ],
 )
 def test_warnings_are_given_where_they_are_due_and_nowhere_else(of, words):
@@ -330,6 +332,8 @@ def test_answers_doubt_a_concept_that_its_own_examples_doubt(two):
     assert "0.45 to 0.99" in chance
     (poor,) = concepts.doubts(replace(sure, auroc_held_out=0.6))
     assert "poorly" in poor
+    (chosen,) = concepts.doubts(replace(sure, evidence=evidence(about_choice=0.6)))
+    assert "0.60, not 0.95" in chosen
     assert len(concepts.doubts(replace(sure, auroc_held_out=0.6, evidence=None, n_positive=9))) == 2
 
 

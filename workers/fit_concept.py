@@ -21,6 +21,7 @@ from workers.probes import Probe
 from workers.stages import Stages
 
 _IMBALANCE = 3  # times as many on one side
+_OPTIMISM = 0.05  # of AUROC
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ def _about_examples(stages: Stages, spec: FitConceptSpec, sides: tuple[Side, Sid
                 f"{count} of the examples stand on several lines of {positive.dataset.id!r}: the label of the "
                 "first line counts."
             )
+        if rest := positive.dataset.examples - len(rows):
+            said.append(
+                f"{rest} of the {positive.dataset.examples} examples of {positive.dataset.id!r} have no "
+                f"{spec.labels.field!r}, or a value that is on neither side."
+            )
     if aside := positive.quarantined + negative.quarantined:
         said.append(f"{aside} examples could not be used; {positive.count} + {negative.count} were.")
     return said
@@ -161,6 +167,12 @@ def about_probes(evidence: Evidence, width: int) -> list[str]:
         said.append(
             f"The held-out AUROC at layer {chosen.layer} may be chance: its 95 % interval, {interval[0]:.2f} to "
             f"{interval[1]:.2f}, includes .5."
+        )
+    of_choice = evidence.auroc_of_choice
+    if of_choice is not None and chosen.auroc is not None and chosen.auroc - of_choice > _OPTIMISM:
+        said.append(
+            f"The best of {len(evidence.layers)} layers looks better than it is: with the choice held out too, its "
+            f"AUROC is {of_choice:.2f}, not {chosen.auroc:.2f}."
         )
     if chosen.constant_dimensions:
         said.append(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.rows import F32
-from workers.probes import auroc
+from workers.held_out import auroc, auroc_of_choice
 
 F64 = NDArray[np.float64]
 
@@ -25,12 +25,13 @@ class Block:
 class Layered:
     """Of every layer: ``vectors`` (layers, d), mean(positive) − mean(negative) over all answers; the held-out
     AUROC (layers,), and how far apart both sides lie there in standard deviations (layers,): tells layers of equal
-    AUROC apart.
+    AUROC apart. ``auroc_of_choice``: that of the best layer, where the choice of it is held out as well.
     """
 
     vectors: F64
     auroc: F64
     separation: F64
+    auroc_of_choice: float
 
     def best(self) -> int:
         """The layer of the highest held-out AUROC; of equal ones that with the widest separation."""
@@ -73,4 +74,5 @@ def fit(blocks: Callable[[], Iterable[Block]], folds: int) -> Layered:
         spread = np.sqrt((sides[0].var(axis=0) + sides[1].var(axis=0)) / 2)
         gap = sides[0].mean(axis=0) - sides[1].mean(axis=0)
         apart.append(np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0))
-    return Layered(means[0] - means[1], np.mean(areas, axis=0), np.mean(apart, axis=0))
+    of_choice = auroc_of_choice(np.transpose(areas))
+    return Layered(means[0] - means[1], np.mean(areas, axis=0), np.mean(apart, axis=0), of_choice)

@@ -6,7 +6,7 @@ higher.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,9 @@ METHODS: dict[ProbeMethod, Callable[[F64, F64], Found]] = {
 
 
 def direction(positive: NDArray[np.floating], negative: NDArray[np.floating], method: ProbeMethod) -> Found:
-    """(n, d), (m, d) → the direction of ``method`` over all of them, in float64; zero where the means coincide.
+    """(n, d), (m, d) → the direction of ``method`` over all of them, in float64; zero where the means coincide, and
+    along every dimension in which all rows agree; such a dimension changes nothing in the others either, as a
+    variance of none would by the target of shrinkage.
 
     That positives score higher holds by itself: ΔᵀΔ, Δᵀ Σ⁻¹ Δ > 0, and the logistic loss, in which both sides weigh
     the same, falls along its minimiser w from zero on, with slope −½ ⟨w, Δ⟩.
@@ -136,7 +138,13 @@ def direction(positive: NDArray[np.floating], negative: NDArray[np.floating], me
     length = np.sqrt(np.mean(np.concatenate([np.einsum("nd,nd->n", each, each) for each in (p, n)])))
     if not np.linalg.norm(_difference(p, n)) > _SAME * length:
         return Found(np.zeros(p.shape[1]))
-    return METHODS[method](p, n)
+    varies = ~_agree(positive, negative)
+    if varies.all():
+        return METHODS[method](p, n)
+    found = METHODS[method](p[:, varies], n[:, varies])
+    vector = np.zeros(p.shape[1])
+    vector[varies] = found.vector
+    return replace(found, vector=vector)
 
 
 # --- logistic regression ----------------------------------------------------------------------------
@@ -220,7 +228,7 @@ def fit(
         calibration_error=held_out.calibration_error(p, n),
         cosine_folds=held_out.mean_cosine(directions),
         cosine_methods={other: _cosine(unit, positive, negative, other) for other in compare if other != method},
-        constant_dimensions=_constant(positive, negative),
+        constant_dimensions=int(_agree(positive, negative).sum()),
         rank=covariance.rank_of(covariance.gram_of(_centered(positive, negative))),
         shrinkage=found.shrinkage,
         c=found.c,
@@ -262,7 +270,7 @@ def _cosine(unit: F64, positive: F32, negative: F32, method: ProbeMethod) -> flo
     return float(unit @ other / np.linalg.norm(other))
 
 
-def _constant(positive: F32, negative: F32) -> int:
-    """Dimensions in which every example has the same activation."""
+def _agree(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(d,) in which dimensions every example has the same activation."""
     low = np.minimum(positive.min(axis=0), negative.min(axis=0))
-    return int((low == np.maximum(positive.max(axis=0), negative.max(axis=0))).sum())
+    return low == np.maximum(positive.max(axis=0), negative.max(axis=0))
