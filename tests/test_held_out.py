@@ -8,7 +8,8 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest, norm
 from sklearn.metrics import brier_score_loss
 
-from workers import held_out
+from service.terms import ProbeMethod
+from workers import held_out, probes
 from workers.held_out import Scored, fold_of
 
 scores = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0]), min_size=5, max_size=20)
@@ -154,7 +155,30 @@ def test_the_mean_cosine_is_that_of_all_pairs():
 
 
 def test_the_choice_of_a_layer_is_held_out_too():
-    """Each layer is lucky on one fold: chosen by the others, none of the luck is left."""
-    areas = np.full((5, 5), 0.5) + 0.4 * np.eye(5)
-    assert held_out.auroc_of_choice(areas) == pytest.approx(0.5)
-    assert held_out.auroc_of_choice(np.array([[0.5] * 5, [0.9] * 5])) == pytest.approx(0.9)
+    """Of noise nothing is left, however many layers it is chosen from; of something, what is there."""
+    rng = np.random.default_rng(9)
+
+    def chosen(shift: float) -> tuple[float, float]:
+        sides = [rng.normal(shift, 1, (12, 25, 16)), rng.normal(0, 1, (12, 25, 16))]
+        layers = [(sides[0][n].astype(np.float32), sides[1][n].astype(np.float32)) for n in range(12)]
+        method = ProbeMethod.DIFFERENCE_OF_MEANS
+        areas = np.array([held_out.auroc_by_fold(probes._held_out(*each, method)[0]) for each in layers])
+        nested = np.array([probes._nested(*each, method) for each in layers])
+        return float(areas.mean(axis=1).max()), held_out.auroc_of_choice(areas, nested)
+
+    best, of_choice = np.mean([chosen(0.0) for _ in range(20)], axis=0)
+    assert best > 0.6
+    assert abs(of_choice - 0.5) < 0.05
+    best, of_choice = chosen(0.7)
+    assert 0.9 < of_choice <= best
+
+
+def test_nested_folds_are_what_a_fit_without_them_says():
+    rng = np.random.default_rng(10)
+    p, q = rng.normal(0.5, 1, (13, 4)).astype(np.float32), rng.normal(0, 1, (16, 4)).astype(np.float32)
+    nested = probes.fit(p, q, nested=True).nested
+    assert nested is not None
+    for f, g in ((0, 3), (4, 1)):
+        left = [np.delete(side, np.isin(np.arange(len(side)) % 5, (f, g)), axis=0) for side in (p, q)]
+        v = left[0].mean(axis=0) - left[1].mean(axis=0)
+        assert nested[f, g] == pytest.approx(held_out.auroc(p[g::5] @ v, q[g::5] @ v))

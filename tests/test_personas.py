@@ -25,7 +25,9 @@ from service.work import AnswersSpec, ElicitWork, Reading
 from tests import tiny
 from tests.judge_server import JudgeServer, completion
 from tests.test_answers import one_by_one
+from workers import persona_vectors
 from workers.curvature import uniforms
+from workers.held_out import auroc
 from workers.persona_job import ANSWERS
 from workers.persona_vectors import Block, fit, folds_of
 from workers.works import compute
@@ -194,6 +196,16 @@ def test_no_question_is_on_both_sides_of_a_fold():
     fold = np.array([folds[question] for question in noise for _ in range(8)])
     block = Block(rows[:, None].astype(np.float32), positive, fold)
     found = fit(lambda: [block], 5)
+    assert found.auroc_of_choice is None  # there is no choice
+    doubled = Block(np.repeat(block.rows, 2, axis=1) * np.float32([[1], [-3]]), positive, fold)
+    assert fit(lambda: [doubled], 5).auroc_of_choice == pytest.approx(found.auroc[0])
+    counts = np.array([[(fold[positive == side] == n).sum() for n in range(5)] for side in (True, False)])
+    sums = np.array([[rows[(positive == s) & (fold == n)].sum(0) for n in range(5)] for s in (True, False)])
+    nested = persona_vectors._nested(lambda: [block], sums[:, :, None], counts)
+    kept = (fold != 3) & (fold != 1)
+    v = rows[kept & positive].mean(axis=0) - rows[kept & ~positive].mean(axis=0)
+    sides = [rows[(fold == 1) & (positive == side)] @ v for side in (True, False)]
+    assert nested[0, 3, 1] == pytest.approx(auroc(*sides))
     in_sample = rows @ found.vectors[0]
     assert (in_sample[positive] > 0).mean() > found.auroc[0]
     parts = [Block(block.rows[n : n + 7], positive[n : n + 7], fold[n : n + 7]) for n in range(0, len(rows), 7)]

@@ -52,7 +52,8 @@ def compute(stages: Stages, registry: Registry, spec: FitConceptSpec, model: Mod
         stages.context.check()
         positive, negative = (stages.stored(side.manifests, number) for side in sides)
         try:
-            fitted[layer] = probes.fit(positive, negative, spec.method, compare=spec.compare, layer=layer)
+            about = {"compare": spec.compare, "layer": layer, "nested": len(layers) > 1}
+            fitted[layer] = probes.fit(positive, negative, spec.method, **about)
             found.append(fitted[layer].evidence)
         except Invalid as error:
             if error.code != "identical_sides" or len(layers) == 1:
@@ -98,7 +99,10 @@ def _evidence(
     layer: int,
 ) -> Evidence:
     probe = fitted[layer]
-    areas = np.array([each.by_fold for each in fitted.values()])
+    of_choice = None
+    if len(found) > 1:
+        areas, nested = ([getattr(each, name) for each in fitted.values()] for name in ("by_fold", "nested"))
+        of_choice = held_out.auroc_of_choice(np.array(areas), np.array(nested))
     evidence = Evidence(
         method=spec.method,
         n_positive=sides[0].count,
@@ -107,7 +111,7 @@ def _evidence(
         folds=probes.FOLDS,
         layer=layer,
         layers=tuple(found),
-        auroc_of_choice=held_out.auroc_of_choice(areas) if len(found) > 1 else None,
+        auroc_of_choice=of_choice,
         slope=probe.slope,
         intercept=probe.intercept,
         warnings=(),

@@ -192,9 +192,14 @@ def mean_cosine(directions: F64) -> float:
     return float((np.linalg.norm(unit.sum(axis=0)) ** 2 - (norms > 0).sum()) / (k * (k - 1)))
 
 
-def auroc_of_choice(areas: F64) -> float:
-    """What the best of L layers is worth when the choice is held out too: areas (L, folds) → the mean over folds of
-    the area, on that fold, of the layer that is best on the others.
+def auroc_of_choice(areas: F64, nested: F64) -> float:
+    """What the best of L layers is worth when the choice is held out too: the mean over folds f of the area, on f,
+    of the layer that is best without f. ``areas`` (L, folds); ``nested`` (L, folds, folds): the area on fold g of
+    what was fitted on neither f nor g, at [:, f, g]; its diagonal is not read.
+
+    ``areas`` of the other folds will not do: their directions have seen f, and noise that f and g share speaks for
+    its layer on both.
     """
-    others = areas.sum(axis=1, keepdims=True) - areas
-    return float(np.mean(areas[others.argmax(axis=0), np.arange(areas.shape[1])]))
+    count = areas.shape[1]
+    others = np.where(np.eye(count, dtype=bool), 0.0, nested).sum(axis=2)
+    return float(np.mean(areas[others.argmax(axis=0), np.arange(count)]))

@@ -102,7 +102,7 @@ def _provenance(
             "questions": questions,
         },
         "folds": {"by": "question", "count": min(FOLDS, questions)},
-        "auroc_of_choice": None if spec.each_layer or len(spec.layers) == 1 else found.auroc_of_choice,
+        "auroc_of_choice": None if spec.each_layer else found.auroc_of_choice,
         "sweep": [
             {"layer": layer, "auroc_held_out": float(area), "separation": float(apart)}
             for layer, area, apart in zip(spec.layers, found.auroc, found.separation, strict=True)
@@ -131,7 +131,7 @@ def _warnings(spec: PersonaSpec, answered: Sequence[Answered], areas: Sequence[f
             f"The direction barely tells answers to unseen questions apart (held-out AUROC {min(areas):.2f}; .5 is "
             "chance): do not rely on it."
         )
-    elif not spec.each_layer and found.auroc_of_choice < _WEAK:
+    elif not spec.each_layer and found.auroc_of_choice is not None and found.auroc_of_choice < _WEAK:
         said.append(
             f"The layer was chosen as the best of {len(spec.layers)}. With the choice held out too, the AUROC is "
             f"{found.auroc_of_choice:.2f}, not {areas[0]:.2f}: do not rely on it."

@@ -25,13 +25,14 @@ class Block:
 class Layered:
     """Of every layer: ``vectors`` (layers, d), mean(positive) − mean(negative) over all answers; the held-out
     AUROC (layers,), and how far apart both sides lie there in standard deviations (layers,): tells layers of equal
-    AUROC apart. ``auroc_of_choice``: that of the best layer, where the choice of it is held out as well.
+    AUROC apart. ``auroc_of_choice``: that of the best layer, where the choice of it is held out as well; None for
+    less than three folds, or one layer.
     """
 
     vectors: F64
     auroc: F64
     separation: F64
-    auroc_of_choice: float
+    auroc_of_choice: float | None
 
     def best(self) -> int:
         """The layer of the highest held-out AUROC; of equal ones that with the widest separation."""
@@ -45,7 +46,8 @@ def folds_of(questions: Iterable[int], most: int) -> dict[int, int]:
 
 
 def fit(blocks: Callable[[], Iterable[Block]], folds: int) -> Layered:
-    """Read ``blocks`` twice: sums by side and fold, then every answer against the direction of the other folds.
+    """Read ``blocks`` twice, and once more for every fold where a layer will be chosen: sums by side and fold, then
+    every answer against the direction of the other folds, and of the others but one.
 
     Every fold must hold both sides, and there must be two of them at least. Memory: (2, folds, layers, d) float64.
     """
@@ -74,5 +76,26 @@ def fit(blocks: Callable[[], Iterable[Block]], folds: int) -> Layered:
         spread = np.sqrt((sides[0].var(axis=0) + sides[1].var(axis=0)) / 2)
         gap = sides[0].mean(axis=0) - sides[1].mean(axis=0)
         apart.append(np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0))
-    of_choice = auroc_of_choice(np.transpose(areas))
+    of_choice = None
+    if folds > 2 and scores.shape[1] > 1:
+        of_choice = auroc_of_choice(np.transpose(areas), _nested(blocks, sums, counts))
     return Layered(means[0] - means[1], np.mean(areas, axis=0), np.mean(apart, axis=0), of_choice)
+
+
+def _nested(blocks: Callable[[], Iterable[Block]], sums: F64, counts: F64) -> F64:
+    """(layers, folds, folds) the AUROC on fold g of the direction without f and g, at [:, f, g]; 0 where f = g.
+
+    ``sums`` (2, folds, layers, d) and ``counts`` (2, folds) of both sides.
+    """
+    folds, layers = sums.shape[1:3]
+    left = 1.0 - np.eye(folds)[:, None] - np.eye(folds)[None] + np.eye(folds)[:, None] * np.eye(folds)[None]
+    found = np.zeros((layers, folds, folds))
+    for f in range(folds):  # which folds count, for every g: left[f] (folds, folds)
+        means = np.einsum("gk,skld->sgld", left[f], sums) / np.einsum("gk,sk->sg", left[f], counts)[..., None, None]
+        apart = means[0] - means[1]
+        said = [(np.einsum("nld,nld->nl", b.rows, apart[b.fold]), b.positive, b.fold) for b in blocks()]
+        scores, positive, fold = (np.concatenate(part) for part in zip(*said, strict=True))
+        for g in set(range(folds)) - {f}:
+            sides = [scores[(fold == g) & (positive == side)] for side in (True, False)]
+            found[:, f, g] = [auroc(sides[0][:, layer], sides[1][:, layer]) for layer in range(layers)]
+    return found

@@ -7,6 +7,7 @@ higher.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ class Found:
 class Probe:
     """``direction`` (d,) float32 of unit norm; ``norm`` before normalising; what speaks for it on held-out folds.
 
-    ``by_fold``: AUROC of each fold. P(positive) of an example is σ(``slope`` · ⟨v̂, a⟩ + ``intercept``).
+    ``by_fold``: AUROC of each fold; ``nested`` (folds, folds): as ``held_out.auroc_of_choice`` wants it, where that
+    was asked for. P(positive) of an example is σ(``slope`` · ⟨v̂, a⟩ + ``intercept``).
     """
 
     direction: F32
@@ -51,6 +53,7 @@ class Probe:
     by_fold: tuple[float, ...]
     slope: float
     intercept: float
+    nested: F64 | None = None
 
     @property
     def auroc_held_out(self) -> float:
@@ -201,9 +204,10 @@ def fit(
     *,
     compare: Sequence[ProbeMethod] = (),
     layer: int = 0,
+    nested: bool = False,
 ) -> Probe:
     """The direction over all examples, and its evidence from 5 held-out folds; ``compare``: methods whose
-    directions it is compared with.
+    directions it is compared with; ``nested``: it may be chosen among others, which takes ten more fits.
 
     Raises Invalid when a side has fewer examples than folds, or when the means coincide.
     """
@@ -240,6 +244,7 @@ def fit(
         by_fold=tuple(held_out.auroc_by_fold(scored)),
         slope=slope,
         intercept=intercept - slope * float(unit @ _middle(positive, negative)),
+        nested=_nested(positive, negative, method) if nested else None,
     )
 
 
@@ -259,6 +264,18 @@ def _held_out(positive: F32, negative: F32, method: ProbeMethod) -> tuple[Scored
         for side, rows in enumerate((positive, negative)):
             scores[side][held[side]] = (rows[held[side]].astype(np.float64) - middle) @ directions[fold]
     return Scored(scores[0], scores[1], folds[0], folds[1]), directions
+
+
+def _nested(positive: F32, negative: F32, method: ProbeMethod) -> F64:
+    """(folds, folds) the AUROC on fold g of the direction without f and g, at [f, g]; 0 where f = g."""
+    folds = fold_of(len(positive)), fold_of(len(negative))
+    areas = np.zeros((FOLDS, FOLDS))
+    for f, g in combinations(range(FOLDS), 2):
+        seen = [rows[~np.isin(of, (f, g))] for rows, of in zip((positive, negative), folds, strict=True)]
+        vector = direction(seen[0], seen[1], method).vector
+        for out, held in ((f, g), (g, f)):
+            areas[out, held] = auroc(positive[folds[0] == held] @ vector, negative[folds[1] == held] @ vector)
+    return areas
 
 
 def _middle(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> F64:
