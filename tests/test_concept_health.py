@@ -402,7 +402,7 @@ def test_a_ranking_does_not_wait_for_storage_to_say_how_healthy_it_is(world: Wor
 def test_texts_from_elsewhere_are_warned_of_and_those_that_belong_are_not(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two draws of each kind; ten by ``python -m benchmarks.domains``."""
+    """Two draws of each kind; ten by ``python -m benchmarks.concepts --only domains``."""
     monkeypatch.setattr(domains, "N_INDEX", 100)
     monkeypatch.setattr(domains, "SOURCES", {name: domains.SOURCES[name] for name in ("questions", "shakespeare")})
     found = domains.texts(shared_data, 0, 2)
