@@ -51,13 +51,15 @@ def groups(
 ) -> None:
     """Which groups of training examples pushed the model toward the concept?
 
-    `whence groups --index sft --concept hostile --by source` groups by a metadata field;
+    `whence groups --index sft --concept hostile --by source` groups by a metadata field.
+
     `whence groups --index sft --concept hostile --method concept_influence --clusters 20` finds groups by itself:
-    examples that do the same to the model;
-    `whence groups --index sft --concept hostile --sae tone --feature 7 --feature 9 --threshold 0.5 --relative` takes
-    the examples on which a feature fires, here above half of its largest value. One example may be in several of
-    these groups; the last line is of those that are in none. Without --feature they are those whose examples' scores
-    sum to what is furthest from that of as many average ones. The first call encodes the index, by a short job.
+    examples that do the same to the model.
+
+    `whence groups --index sft --concept hostile --sae tone --feature 7 --threshold 0.5 --relative` takes the
+    examples on which a feature fires, here above half of its largest value. One may be in several of these groups;
+    the last line is of those that are in none. Without --feature: the features that stand out, whose examples'
+    scores sum to what is furthest from that of as many average ones. The first call encodes the index, in a job.
 
     Each group is shown with its mean and the 95 % interval of that, its share of all that pushes, the words that
     tell it from the rest, and its first examples.
@@ -67,7 +69,9 @@ def groups(
             "Groups are made by a metadata field (--by), by --clusters or by the features of an --sae: name one."
         )
     if sae is None and (feature or threshold or relative):
-        raise typer.BadParameter("--feature, --threshold and --relative are about the features of an SAE: name --sae.")
+        raise typer.BadParameter(
+            "--feature, --threshold and --relative are about the features of an SAE: name --sae."
+        )
     if by is not None:
         made: dict[str, Any] = {"group_by": by}
     elif clusters is not None:
@@ -112,7 +116,8 @@ def show(answer: GroupsOut) -> None:
         said = f"mean cosine of an example with the centre of its cluster: {answer.cohesion:.2f}"
         console.print(f"[dim]{said}[/dim]", highlight=False)
     if answer.covered is not None:
-        said = f"a feature listed fires on {answer.covered:,} of {answer.rows:,} examples; one may be in several groups"
+        some = f"{answer.covered:,} of {answer.rows:,} examples"
+        said = f"one of {len(answer.features or [])} features fires on {some}; one may be in several groups"
         console.print(f"[dim]{said}[/dim]", highlight=False)
     show_ranking(answer)
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from api.schemas import ConceptUsed, Provenance, QuestionIn, Request
 from service.contracts import Place
-from service.feature_groups import MOST_FEATURES
+from service.sae_records import MOST_FEATURES
 from service.specs import MOST_CLUSTERS
 from service.terms import GroupSort, Method, Order
 
@@ -32,15 +32,15 @@ class GroupsIn(QuestionIn):
     seed: int = Field(0, ge=0, le=1 << 30, description="Of the clusters")
     sae: str | None = Field(
         None,
-        description="Instead of either: id of an SAE at a layer whose activations the index holds. A group is the "
-        "examples on which one of its features fires; they overlap",
+        description="Instead of either: id of an SAE at a layer of the index's activations. The examples on "
+        "which one of its features fires are a group; groups overlap",
     )
     features: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
         min_length=1,
         max_length=MOST_FEATURES,
-        description="Of the SAE. Default: as many as 'limit' that stand out, i.e. whose examples' scores sum to what "
-        "is furthest from that of as many average examples",
+        description="Of the SAE. Default: as many as 'limit' that stand out, i.e. whose examples' scores sum to "
+        "what is furthest from that of as many average examples",
     )
     threshold: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="A feature fires where its value exceeds this. Default: at all"
@@ -62,11 +62,13 @@ class GroupsIn(QuestionIn):
     def _one_way(self) -> Self:
         if sum(each is not None for each in (self.group_by, self.clusters, self.sae)) != 1:
             raise ValueError(
-                "groups are made by a metadata field ('group_by'), by 'clusters' or by the features of an SAE ('sae'): "
-                "name one of them"
+                "groups are made by a metadata field ('group_by'), by 'clusters' or by the features of an SAE "
+                "('sae'): name one of them"
             )
         if self.sae is None and (self.features is not None or self.threshold or self.relative):
-            raise ValueError("'features', 'threshold' and 'relative' are about the features of an SAE: name it in 'sae'")
+            raise ValueError(
+                "'features', 'threshold' and 'relative' are about the features of an SAE: name it in 'sae'"
+            )
         return self
 
 
@@ -137,8 +139,12 @@ class GroupsOut(RankingOut):
     overlapping: bool = Field(
         description="An example may be in several groups: counts and shares of groups do not sum to the whole"
     )
-    covered: int | None = Field(description="Examples on which one of 'features' fires at least: rows less the rest")
-    rest: GroupOut | None = Field(description="The examples on which none of 'features' fires; null: there are none")
+    covered: int | None = Field(
+        description="Examples on which one of 'features' fires at least: rows less the rest"
+    )
+    rest: GroupOut | None = Field(
+        description="The examples on which none of 'features' fires; null: there are none"
+    )
     sort: GroupSort
     k: int = Field(description="What shares are of: the k asked for, or all examples where there are fewer")
     total: int = Field(description="Groups there are; 'groups' holds the first of them")

@@ -20,10 +20,9 @@ from service.rankings import F64, I64, Scores
 from service.registry import SAES, Registry
 from service.rows import F32
 from service.sae_features import FeaturesService, Table
-from service.sae_records import SaeRecord
+from service.sae_records import MOST_FEATURES, SaeRecord
 from service.whole import Scored
 
-MOST_FEATURES = 1000  # of one answer
 _BLOCK = 1 << 16  # examples of the table at a time
 _ROW_BYTES = 64 << 20  # of rows that are encoded at a time
 _KEPT_BYTES = 128 << 20  # of what fires where, in memory
@@ -165,7 +164,7 @@ def check(by: ByFeatures, record: SaeRecord) -> None:
         detail = f"A feature's values are above 0: threshold is a number from 0 on, not {by.threshold}."
         raise Invalid("bad_threshold", detail, param="threshold")
     if by.relative and by.threshold >= 1:
-        detail = f"A relative threshold is a share of a feature's largest value: nothing exceeds {by.threshold:g} of it."
+        detail = f"A relative threshold is a share of the largest value: nothing exceeds {by.threshold:g} of it."
         raise Invalid("bad_threshold", detail, param="threshold")
 
 
@@ -194,7 +193,7 @@ def stored(table: Table, rows: NDArray[np.bool_], features: Sequence[int], count
 
 
 def standing_out(table: Table, ranked: I64, scores: Scores, lows: F64, count: int) -> tuple[int, ...]:
-    """The features whose examples' scores sum to what is furthest from that of as many average examples, either way.
+    """The features whose examples' scores sum to what is furthest from that of as many average examples.
 
     ``ranked`` (n,): place among ``scores`` of every row of the table, −1: none. A feature that fires everywhere is
     last, whatever its sum is. By what the table keeps: an example's strongest features.
@@ -237,5 +236,7 @@ def _said(by: ByFeatures, features: tuple[int, ...], codes: I64, table: Table, r
                 "told by the strongest. The groups themselves are of all; 'features' names others."
             )
         if not features:
-            said.append("No feature fires on any example that is ranked, above this threshold: there are no groups.")
+            said.append(
+                "No feature fires on any example that is ranked, above this threshold: there are no groups."
+            )
     return said

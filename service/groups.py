@@ -135,14 +135,10 @@ class Groups:
         about = {"order": query.order, "by": shown.sort, "limit": shown.limit}
         groups, total = grouped(scored.scores, codes, names, query.k, **about)
         rest = self._words_of_all(scored) if shown.terms else Counter()
-        portraits = tuple(
-            _portrait(scored, np.flatnonzero(codes == each.code), each, rest, query.order, shown) for each in groups
-        )
+        portraits = tuple(_portrait(scored, codes, None, each, rest, query.order, shown) for each in groups)
         return Grouped(scored, portraits, total, min(query.k, len(scored.scores)), array, cohesion)
 
-    def _of_features(
-        self, scored: Scored, query: Query, by: ByFeatures, shown: Shown
-    ) -> Grouped | JobRecord:
+    def _of_features(self, scored: Scored, query: Query, by: ByFeatures, shown: Shown) -> Grouped | JobRecord:
         """A group for each feature that fires, and beside them the examples on which none does."""
         members = self._by_feature.find(scored, by, shown.limit)
         if isinstance(members, JobRecord):
@@ -154,8 +150,7 @@ class Groups:
         words = self._words_of_all(scored) if shown.terms else Counter()
 
         def portrait(group: Group) -> Portrait:
-            own = members.rows[members.codes == group.code]
-            found = _portrait(scored, own, group, words, query.order, shown)
+            found = _portrait(scored, members.codes, members.rows, group, words, query.order, shown)
             return replace(found, label=members.labels.get(group.code))
 
         portraits = tuple(map(portrait, firing[: shown.limit]))
@@ -189,12 +184,14 @@ class Groups:
 
 
 def _portrait(
-    scored: Scored, rows: I64, group: Group, rest: Counter[str], order: Order, shown: Shown
+    scored: Scored, codes: I64, owners: I64 | None, group: Group, rest: Counter[str], order: Order, shown: Shown
 ) -> Portrait:
-    """The examples that come first in a group, whose are ``rows``, and words of the first hundred."""
+    """The examples that come first in a group, and words of the first hundred. ``owners``: rows of ``grouped``."""
     wanted = max(shown.examples, _READ if shown.terms else 0)
     if not wanted:
         return Portrait(group, (), ())
+    rows = np.flatnonzero(codes == group.code)
+    rows = rows if owners is None else owners[rows]
     strength = strengths(scored.scores[rows], order)
     first = rows[np.argsort(-strength, kind="stable")[:wanted]]
     held = scored.examples.take(scored.positions[first])

@@ -51,9 +51,9 @@ class Tally:
             self._sort_in()
 
     def finish(self) -> dict[str, NDArray[Any]]:
-        """The tensors of the artifact: (f,) ``counts``, ``sums``, ``largest``; (n,) ``l0`` and ``least``, the weakest
-        that fires there; ``example_*`` and ``feature_*``: starts, what fires there or where it fires, and values,
-        strongest first.
+        """The tensors of the artifact: (f,) ``counts``, ``sums``, ``largest``; (n,) ``l0`` and ``least``, the
+        weakest that fires there; ``example_*`` and ``feature_*``: starts, what fires there or where it fires, and
+        values, strongest first.
         """
         self._sort_in()
         features, rows, values = self._pending[0] if self._pending else _NOTHING

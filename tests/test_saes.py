@@ -466,7 +466,9 @@ def drawn(world, name: str, architecture: str, **about) -> None:
     config = saelens.SaeConfig(architecture, d, 20, saelens.hook_of(2), 2, **about)
     files = {saelens.CONFIG: saelens.write(config, {}), saelens.WEIGHTS: saelens.weights(weights)}
     model = world.lab.registry.get(MODELS, world.index.model)
-    saes.publish(world.lab.registry, saes.describe(name, files, model, source="x", pooling=world.sae.pooling), files)
+    saes.publish(
+        world.lab.registry, saes.describe(name, files, model, source="x", pooling=world.sae.pooling), files
+    )
 
 
 @pytest.mark.parametrize("name", ["s", "cut-jumprelu", "cut-topk"])
@@ -487,7 +489,9 @@ def test_groups_by_feature_are_what_encoding_every_row_says(world, monkeypatch, 
         (ByFeatures(name, (7, loud), float(np.median(dense[dense > 0]))), some),
         (ByFeatures(name, None, 0.5, relative=True), some),
     ]:
-        scores = {hit.example.id: hit.score for hit in ask(world, concept="v0", method=method, filter=filtered).hits}
+        scores = {
+            hit.example.id: hit.score for hit in ask(world, concept="v0", method=method, filter=filtered).hits
+        }
         kept = [row for row, item in enumerate(ids) if item in scores]
         own = np.array([scores[ids[row]] for row in kept], np.float64)
         fires = dense[kept] > (by.threshold * largest if by.relative else by.threshold)

@@ -80,9 +80,9 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
     responses={**_JOB, **documented(404, 422, 503)},
 )
 def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsOut | JobRecord:
-    """Group all examples by a metadata field, by what they do to the model, or by the features of an SAE that fire on
-    them: sum and mean of scores with its interval, each group's share of the whole and of the first k, the examples
-    that come first in it, and its words.
+    """Group all examples by a metadata field, by what they do to the model, or by the features of an SAE that fire
+    on them: sum and mean of scores with its interval, each group's share of the whole and of the first k, the
+    examples that come first in it, and its words.
     """
     by = GroupBy(body.group_by, body.clusters, body.seed, _features(body))
     shown = Shown(body.sort, body.limit, body.examples, body.terms)
