@@ -117,7 +117,7 @@ def show(answer: GroupsOut) -> None:
         console.print(f"[dim]{said}[/dim]", highlight=False)
     if answer.covered is not None:
         some = f"{answer.covered:,} of {answer.rows:,} examples"
-        said = f"one of {len(answer.features or [])} features fires on {some}; one may be in several groups"
+        said = f"{some} are in a group, shown or not; one may be in several"
         console.print(f"[dim]{said}[/dim]", highlight=False)
     show_ranking(answer)
 

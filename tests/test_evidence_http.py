@@ -373,7 +373,7 @@ def test_the_commands_for_saes_show_what_the_server_says(built, stack):
     asked = ("groups", "--index", "evidence", "--concept", "ev", "--sae", "cli-sae", "--feature", "3")
     shown = whence(stack, *asked)
     assert "3 boats" in shown or "there is no group of it" in " ".join(shown.split())
-    assert "of 80 examples; one may be in several groups" in shown
+    assert "of 80 examples are in a group, shown or not" in shown
     assert json.loads(whence(stack, *asked, "--json"))["features"] == [3]
     one = ("--feature", "3", "--example", told["up"][0]["examples"][0]["example_id"])
     assert "fire" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae", *one)
