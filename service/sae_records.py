@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from service.contracts import ArrayInfo
 from service.terms import Pooling
 
+MOST_FEATURES = 1000  # that groups are made of in one answer
+
 
 @dataclass(frozen=True)
 class SaeRecipe:
