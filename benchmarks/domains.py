@@ -26,7 +26,7 @@ from examples.organism.language import TOPICS, generate
 from service import codec
 from service.concept_health import ConceptHealth, HealthRequest, Known, Reports, question
 from service.contracts import Conversation, Example, JobRecord, Message, PlainText
-from service.health_doubts import out_of_domain
+from service.health_doubts import lengths_differ, out_of_domain
 from service.health_records import Domain, HealthSpec
 from service.terms import IndexKind, JobKind
 
@@ -52,7 +52,8 @@ class Judged:
 
     @property
     def warned(self) -> bool:
-        return out_of_domain(self.domain)
+        """Of the domain or of lengths: whoever reads either would look at his queries again."""
+        return out_of_domain(self.domain) or lengths_differ(self.domain)
 
 
 def warn_rate(judged: Sequence[Judged], *, inside: bool) -> float:

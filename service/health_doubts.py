@@ -149,10 +149,17 @@ def out_of_domain(domain: Domain) -> bool:
     return domain.auroc >= OUT_OF_DOMAIN and domain.p_value <= P_DOMAIN
 
 
+def lengths_differ(domain: Domain) -> bool:
+    """Whether most texts have no like in length in the index."""
+    return domain.alike < ALIKE
+
+
 def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
     if not out_of_domain(domain):
         return None
-    how = "at like lengths and with the concept removed" if domain.alike >= ALIKE else "with the concept removed"
+    how = (
+        "at like lengths and with the concept removed" if not lengths_differ(domain) else "with the concept removed"
+    )
     return Doubt(
         f"{code}_out_of_domain",
         f"{name} lies outside the domain of the index, or covers a narrow part of it: a linear classifier tells "
@@ -163,7 +170,7 @@ def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
 
 
 def _lengths(domain: Domain, name: str, code: str) -> Doubt | None:
-    if domain.alike >= ALIKE:
+    if not lengths_differ(domain):
         return None
     return Doubt(
         f"{code}_of_other_length",
