@@ -33,7 +33,7 @@ def main() -> None:
     options.add_argument("--subsets", type=int, default=40, help="that the validation retrains on, twice each")
     options.add_argument("--draws", type=int, default=10, help="of query sets, in and out of two kinds of data")
     options.add_argument("--data", type=Path, default=DATA, help="holds stories260k, shakespeare, oasst and em")
-    options.add_argument("--processes", type=int, default=2, help="that retrain side by side")
+    options.add_argument("--processes", type=int, default=2, help="that retrain or search side by side")
     chosen = options.parse_args()
     if chosen.quick:
         chosen.organisms, chosen.seeds, chosen.stories, chosen.processes = 1, 2, 1, 1
@@ -51,7 +51,13 @@ def main() -> None:
                 quick=chosen.quick,
             ),
             "served": lambda: ask(report, folder / "remove", subsets=chosen.subsets, quick=chosen.quick),
-            "poison": lambda: find(report, folder / "poison", seeds=chosen.stories, quick=chosen.quick),
+            "poison": lambda: find(
+                report,
+                folder / "poison",
+                seeds=chosen.stories,
+                processes=chosen.processes,
+                quick=chosen.quick,
+            ),
             "domains": lambda: warn(report, folder / "remove", chosen.data, draws=chosen.draws, quick=chosen.quick),
         }
         for name in PARTS:

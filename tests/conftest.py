@@ -32,7 +32,7 @@ _LONGEST = ("test_recovery.py", "test_readme.py", "test_end_to_end.py")  # minut
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files run side by side, and the last to end decides when all end: long ones begin, then those of many tests."""
+    """Files run side by side and the last to end decides when all do: long ones begin, then those of many tests."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in _LONGEST, -tests[item.path], item.path))
 
