@@ -32,7 +32,7 @@ demo: $(VENV)/.server  ## a poisoned model, its data indexed, the planted exampl
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.dev  ## every test, on real Redis, Ray and FAISS; files run side by side
-	$(BIN)/python -m pytest -n 4 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .

@@ -26,6 +26,19 @@ def groups(
         typer.Option(help="Or so many clusters of what examples do to the model.", min=2, max=MOST_CLUSTERS),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the clusters.", min=0)] = 0,
+    sae: Annotated[
+        str | None, typer.Option(help="Or an SAE: examples on which one of its features fires are a group.")
+    ] = None,
+    feature: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of a feature; repeatable. Default: the --limit that stand out most.", min=0),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="A feature fires above this value. Default: wherever it is not 0.", min=0)
+    ] = 0.0,
+    relative: Annotated[
+        bool, typer.Option("--relative", help="--threshold is a share of each feature's largest value: 0.5.")
+    ] = False,
     k: Annotated[int, typer.Option("-k", "--k", help="The first so many, of which shares are shown.", min=1)] = 100,
     sort: Annotated[GroupSort, typer.Option(help="What groups are sorted by; --order says which end first.")] = (
         GroupSort.MEAN
@@ -38,14 +51,33 @@ def groups(
 ) -> None:
     """Which groups of training examples pushed the model toward the concept?
 
-    `whence groups --index sft --concept hostile --by source` groups by a metadata field;
+    `whence groups --index sft --concept hostile --by source` groups by a metadata field.
+
     `whence groups --index sft --concept hostile --method concept_influence --clusters 20` finds groups by itself:
-    examples that do the same to the model. Each is shown with its mean and the 95 % interval of that, its share of
-    all that pushes, the words that tell it from the rest, and its first examples.
+    examples that do the same to the model.
+
+    `whence groups --index sft --concept hostile --sae tone --feature 7 --threshold 0.5 --relative` takes the
+    examples on which a feature fires, here above half of its largest value. One may be in several of these groups;
+    the last line is of those that are in none. Without --feature: the features that stand out, whose examples'
+    scores sum to what is furthest from that of as many average ones. The first call encodes the index, in a job.
+
+    Each group is shown with its mean and the 95 % interval of that, its share of all that pushes, the words that
+    tell it from the rest, and its first examples.
     """
-    if (by is None) == (clusters is None):
-        raise typer.BadParameter("Groups are made by a metadata field (--by) or by --clusters: name one of them.")
-    made = {"group_by": by} if by is not None else {"clusters": clusters, "seed": seed}
+    if sum(each is not None for each in (by, clusters, sae)) != 1:
+        raise typer.BadParameter(
+            "Groups are made by a metadata field (--by), by --clusters or by the features of an --sae: name one."
+        )
+    if sae is None and (feature or threshold or relative):
+        raise typer.BadParameter(
+            "--feature, --threshold and --relative are about the features of an SAE: name --sae."
+        )
+    if by is not None:
+        made: dict[str, Any] = {"group_by": by}
+    elif clusters is not None:
+        made = {"clusters": clusters, "seed": seed}
+    else:
+        made = {"sae": sae, "features": feature or None, "threshold": threshold, "relative": relative}
     shown = {"k": k, "sort": sort, "limit": limit, "examples": examples, "terms": terms}
     with connect(url) as client:
         answer = until_ready(client, lambda: client.groups(**made, **shown, **options))
@@ -56,16 +88,19 @@ def groups(
 
 
 def show(answer: GroupsOut) -> None:
-    ends = [each.high if each.high is not None else each.mean for each in answer.groups]
-    ends += [each.low if each.low is not None else each.mean for each in answer.groups]
+    shown = answer.groups if answer.rest is None else [*answer.groups, answer.rest]
+    ends = [each.high if each.high is not None else each.mean for each in shown]
+    ends += [each.low if each.low is not None else each.mean for each in shown]
     widest = max(map(abs, ends), default=0.0)
     table = Table(box=None, pad_edge=False)
-    for column in (answer.group_by or "cluster", "examples", "mean", "", "± 95 %", "share", f"of first {answer.k}"):
-        table.add_column(column, justify="left" if column in {answer.group_by or "cluster", ""} else "right")
+    made_by = answer.group_by or ("cluster" if answer.sae is None else "feature")
+    table.add_column(made_by)
+    for column in ("examples", "mean", "", "± 95 %", "share", f"of first {answer.k}"):
+        table.add_column(column, justify="right" if column else "left")
     table.add_column("words, and what comes first")
-    for group in answer.groups:
+    for group in shown:
         table.add_row(
-            "[dim]none[/dim]" if group.value is None else escape(str(group.value)),
+            "[dim]none[/dim]" if group.value is None else escape(f"{group.value} {group.label or ''}".strip()),
             f"{group.count:,}",
             f"{group.mean:+.4g}",
             bar(group, widest),
@@ -79,6 +114,10 @@ def show(answer: GroupsOut) -> None:
         console.print(f"[dim]{len(answer.groups)} of {answer.total:,} groups, by {answer.sort}[/dim]")
     if answer.cohesion is not None:
         said = f"mean cosine of an example with the centre of its cluster: {answer.cohesion:.2f}"
+        console.print(f"[dim]{said}[/dim]", highlight=False)
+    if answer.covered is not None:
+        some = f"{answer.covered:,} of {answer.rows:,} examples"
+        said = f"{some} are in a group, shown or not; one may be in several"
         console.print(f"[dim]{said}[/dim]", highlight=False)
     show_ranking(answer)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from api.cli_concepts import IdArgument, concepts_app
 from api.schemas_health import DomainOut, HealthOut, MovementOut
 from api.terminal import DEFAULT_URL, AsJson, Url, connect, console, wait_for
+from service.health_doubts import without_doubts
 from service.terms import ConceptFunction
 
 _BAR = 24
@@ -69,7 +70,8 @@ def show(found: HealthOut) -> None:
     for each in found.doubts:
         console.print(f"[yellow]warning[/yellow] {escape(each.said)}")
     if not found.doubts:
-        console.print("[green]nothing speaks against it[/green]")
+        change = found.movement.change if found.movement is not None else None
+        _say(without_doubts(change, found.domain, found.concept_domain, found.agreement))
 
 
 def _movement(found: HealthOut, movement: MovementOut) -> None:
@@ -87,7 +89,10 @@ def _movement(found: HealthOut, movement: MovementOut) -> None:
     change = movement.change
     if change is not None:
         effect = "" if change.effect is None else f", {change.effect:+.2f} of its spread over the examples"
-        _say(f"change from base to end {change.mean.value:+.3g}{effect}, p {change.p_value:.2g}")
+        _say(
+            f"change from {movement.points[0].name} to the end {change.mean.value:+.3g}{effect}, "
+            f"p {change.p_value:.2g}"
+        )
     for name, reason in movement.left_out.items():
         console.print(f"[dim]{escape(f'left out {name}: {reason}')}[/dim]")
 

@@ -309,7 +309,7 @@ class Client(ConceptCalls, HealthCalls, PersonaCalls, SaesClient, ValidationCall
     def groups(
         self, *, index: str, concept: str | None = None, group_by: str | None = None, **options: Any
     ) -> GroupsOut | JobRecord:
-        """Groups of examples by a metadata field, or by ``clusters=N``; or the job that must end first.
+        """Groups of examples by a metadata field, ``clusters=N`` or ``sae=ID``; or the job that must end first.
 
         ``options`` as in ``api.schemas_rankings.GroupsIn`` (method, order, k, sort, limit, examples, terms, …).
         """

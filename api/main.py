@@ -40,6 +40,7 @@ from service import kernels
 from service.concept_health import ConceptHealth
 from service.directions import DirectionsService
 from service.errors import DomainError, Unavailable
+from service.feature_groups import FeatureGroups
 from service.groups import Groups
 from service.jobs import Jobs
 from service.loading import IndexLoader
@@ -78,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
     ranked = QueryService(registry, storage, work, loader, shard_size=settings.shard_size)
     whole = WholeRankings(ranked, loader)
     directions_of = DirectionsService(registry, storage, work, loader)
+    features = FeaturesService(registry, storage, work, loader)
     app = FastAPI(
         title="Whence", version=VERSION, description=_DESCRIPTION, responses=problems.documented(422, 503)
     )
@@ -89,13 +91,13 @@ def create_app(settings: Settings) -> FastAPI:
         jobs=work,
         queries=ranked,
         whole=whole,
-        groups=Groups(whole, loader, storage, work),
+        groups=Groups(whole, loader, storage, work, FeatureGroups(registry, loader, features)),
         directions=directions_of,
         suggestions=SuggestService(registry, storage, work, directions_of, settings),
         reranking=RerankService(registry, storage, work, loader, ranked, settings),
         validations=ValidationService(registry, storage, work, loader, whole, settings),
         health=ConceptHealth(registry, storage, work, ranked.reports, shard_size=settings.shard_size),
-        features=FeaturesService(registry, storage, work, loader),
+        features=features,
         views=ViewService(registry, storage, loader),
     )
     problems.install(app)

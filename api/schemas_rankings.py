@@ -1,11 +1,12 @@
 """Requests and answers about whole rankings: all scores, groups of examples, two rankings side by side."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from api.schemas import ConceptUsed, Provenance, QuestionIn, Request
 from service.contracts import Place
+from service.sae_records import MOST_FEATURES
 from service.specs import MOST_CLUSTERS
 from service.terms import GroupSort, Method, Order
 
@@ -29,6 +30,24 @@ class GroupsIn(QuestionIn):
         description="Instead of 'group_by': so many clusters of examples that do the same to the model",
     )
     seed: int = Field(0, ge=0, le=1 << 30, description="Of the clusters")
+    sae: str | None = Field(
+        None,
+        description="Instead of either: id of an SAE at a layer of the index's activations. The examples on "
+        "which one of its features fires are a group; groups overlap",
+    )
+    features: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_FEATURES,
+        description="Of the SAE. Default: as many as 'limit' that stand out, i.e. whose examples' scores sum to "
+        "what is furthest from that of as many average examples",
+    )
+    threshold: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="A feature fires where its value exceeds this. Default: at all"
+    )
+    relative: bool = Field(
+        False, description="'threshold' is a share, below 1, of the largest value of each feature in the index"
+    )
     examples: int = Field(
         3, ge=0, le=100, description="Examples to show of each group, those that come first in it"
     )
@@ -41,8 +60,15 @@ class GroupsIn(QuestionIn):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if (self.group_by is None) == (self.clusters is None):
-            raise ValueError("groups are made by a metadata field ('group_by') or by 'clusters': name one of them")
+        if sum(each is not None for each in (self.group_by, self.clusters, self.sae)) != 1:
+            raise ValueError(
+                "groups are made by a metadata field ('group_by'), by 'clusters' or by the features of an SAE "
+                "('sae'): name one of them"
+            )
+        if self.sae is None and (self.features is not None or self.threshold or self.relative):
+            raise ValueError(
+                "'features', 'threshold' and 'relative' are about the features of an SAE: name it in 'sae'"
+            )
         return self
 
 
@@ -70,9 +96,10 @@ class RankingOut(BaseModel):
 
 
 class GroupOut(BaseModel):
-    """Examples that have the same value, or lie in one cluster."""
+    """Examples that have the same value, or lie in one cluster, or on which one feature fires."""
 
-    value: Any = Field(description="Or the number of the cluster; null: there is none")
+    value: Any = Field(description="Or the number of the cluster or of the feature; null: there is none")
+    label: str | None = Field(None, description="What is said of the feature")
     count: int
     sum: float = Field(description="Of their scores")
     mean: float
@@ -105,6 +132,19 @@ class GroupsOut(RankingOut):
     group_by: str | None
     clusters: int | None
     cohesion: float | None = Field(description="Mean cosine of an example's embedding with its cluster's centre")
+    sae: str | None
+    features: list[int] | None = Field(description="Of the SAE, that groups were made of; null: they are of no SAE")
+    threshold: float | None
+    relative: bool
+    overlapping: bool = Field(
+        description="An example may be in several groups: counts and shares of groups do not sum to the whole"
+    )
+    covered: int | None = Field(
+        description="Examples on which one of 'features' fires at least: rows less the rest"
+    )
+    rest: GroupOut | None = Field(
+        description="The examples on which none of 'features' fires; null: there are none"
+    )
     sort: GroupSort
     k: int = Field(description="What shares are of: the k asked for, or all examples where there are fewer")
     total: int = Field(description="Groups there are; 'groups' holds the first of them")

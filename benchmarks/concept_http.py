@@ -80,7 +80,10 @@ def _validation(report: Report, client: Client, recipe: Any, subsets: int) -> No
         "index": "i",
         "concept": "hostile",
         "query_set": "queries",
-        "recipe": {"learning_rate": recipe.learning_rate, "epochs": recipe.epochs, "batch_size": recipe.batch_size},
+        "recipe": {
+            **{name: getattr(recipe, name) for name in ("learning_rate", "epochs", "batch_size", "warmup")},
+            **{"schedule": "linear", "clip": None},  # as examples/organism/train.py does it
+        },
         "design": {"subsets": subsets, "fractions": [], "seeds": 0},
         "budget": {"runs": 2 * subsets + 20},
     }

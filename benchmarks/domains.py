@@ -1,7 +1,5 @@
 """Does concept health tell query sets from elsewhere from those that belong? An organism's, and real texts.
 
-    python -m benchmarks.domains --json domains.json
-
 Every draw is a query set that was in no index, asked as a user would ask: the job of POST /v1/queries/health, its
 warnings. In-domain draws are the hard ones too: query sets that all show the behaviour of which the index has a
 quarter, or only the shortest or the longest texts of a source. Out of domain are topics and markers that the index
@@ -9,7 +7,7 @@ has none of, and texts of another source.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -23,16 +21,16 @@ from benchmarks.organisms import persona
 from benchmarks.organisms.case import Material, example
 from benchmarks.organisms.retrain import one_thread, to_stderr
 from benchmarks.organisms.training import load_model, measurable, measure
-from benchmarks.report import Report, parser
+from benchmarks.report import Report
 from examples.organism.language import TOPICS, generate
 from service import codec
 from service.concept_health import ConceptHealth, HealthRequest, Known, Reports, question
 from service.contracts import Conversation, Example, JobRecord, Message, PlainText
-from service.health_doubts import out_of_domain
+from service.health_doubts import lengths_differ, out_of_domain
 from service.health_records import Domain, HealthSpec
 from service.terms import IndexKind, JobKind
 
-DATA = oasst.DATA
+SEED = 0
 LAYER = 3  # of stories260k
 N_INDEX, N_QUERIES = 480, 48
 
@@ -54,7 +52,8 @@ class Judged:
 
     @property
     def warned(self) -> bool:
-        return out_of_domain(self.domain)
+        """Of the domain or of lengths: whoever reads either would look at his queries again."""
+        return out_of_domain(self.domain) or lengths_differ(self.domain)
 
 
 def warn_rate(judged: Sequence[Judged], *, inside: bool) -> float:
@@ -202,35 +201,16 @@ def _length(one: Example) -> int:
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-def measured(home: Path, data: Path, *, seed: int, draws: int, quick: bool) -> Iterator[tuple[str, float, str]]:
-    """(name, value, note) of every figure: the rates over both kinds of data, and of each by itself."""
-    found = {"organism": organism(home, seed, draws, quick=quick), "text": texts(data, seed, draws)}
+def warn(report: Report, folder: Path, data: Path, *, draws: int, quick: bool) -> None:
+    """The rates at which draws are warned of, over both kinds of data and of each by itself."""
+    home = folder / "persona-0"
+    home.mkdir(parents=True, exist_ok=True)
+    found = {"organism": organism(home, SEED, draws, quick=quick), "text": texts(data, SEED, draws)}
     every = [each for some in found.values() for each in some]
     for name, inside in (("ood_warn_rate", False), ("in_domain_warn_rate", True)):
-        yield name, warn_rate(every, inside=inside), f"{draws} draws on an organism, {draws} on texts"
+        report.add(name, warn_rate(every, inside=inside), f"{draws} draws on an organism, {draws} on texts")
         for kind, some in found.items():
             chosen = [each for each in some if each.draw.inside is inside]
             edge = (max if inside else min)(each.domain.auroc for each in chosen)
             note = f"{'most' if inside else 'least'} AUROC {edge:.2f}"
-            yield f"{name}_{kind}", warn_rate(chosen, inside=inside), note
-
-
-def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--data", type=Path, default=DATA, help="holds stories260k, shakespeare, oasst and em")
-    options.add_argument("--home", type=Path, help="where the organism is kept; default: made anew")
-    options.add_argument("--draws", type=int, default=10, help="of each kind, on each kind of data")
-    options.add_argument("--seed", type=int, default=0)
-    chosen = options.parse_args()
-    if chosen.quick:
-        chosen.draws = 2
-    report = Report()
-    with TemporaryDirectory() as name:
-        home = chosen.home or Path(name)
-        for figure in measured(home, chosen.data, seed=chosen.seed, draws=chosen.draws, quick=chosen.quick):
-            report.add(*figure)
-    report.write(chosen.json)
-
-
-if __name__ == "__main__":
-    main()
+            report.add(f"{name}_{kind}", warn_rate(chosen, inside=inside), note)

@@ -7,18 +7,22 @@ index; ``influence_function`` asks for the loss on the query set.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from benchmarks.lab import Lab
 from benchmarks.organisms import stories
 from benchmarks.organisms.case import Material
 from benchmarks.organisms.retrain import one_thread, to_stderr
 from benchmarks.report import Report
-from benchmarks.statistics import retrieval
+from benchmarks.statistics import Retrieval, retrieval
 from service.concept_planning import ConceptRequest, plan_concept
 from service.registry import CONCEPTS
 from service.terms import IndexKind, JobKind, Method, Pooling, ProbeMethod
@@ -28,29 +32,38 @@ PROBES = (ProbeMethod.DIFFERENCE_OF_MEANS, ProbeMethod.LDA)
 F64 = NDArray[np.float64]
 
 
-def find(report: Report, folder: Path, *, seeds: int, quick: bool) -> None:
+def find(report: Report, folder: Path, *, seeds: int, processes: int, quick: bool) -> None:
     """Mean over organisms of average precision and recall@10 on the half that chose nothing."""
-    found = []
-    for seed in range(seeds):
-        home = folder / f"stories-{seed}"
-        home.mkdir(parents=True, exist_ok=True)
-        with one_thread():
-            made = stories.material(home, seed, quick=quick, pretrained=stories.PRETRAINED, report=to_stderr)
-            scored = dict(_scores(made, home / "lab"))
-        planted = np.array([bool(example.metadata["planted"]) for example in made.lists.examples])
-        choosing = _half(planted, seed)
-        known = {name: retrieval(scores[choosing], planted[choosing]) for name, scores in scored.items()}
-        best = max(known, key=lambda name: (known[name].ap, known[name].auc))
-        rest = retrieval(scored[best][~choosing], planted[~choosing])
-        found.append(rest)
-        held = f"{planted[~choosing].sum()} of {(~choosing).sum()} poisoned"
-        told = f"chose {best} (AP {known[best].ap:.3f}); on the other half, {held}: AP {rest.ap:.3f}"
-        print(f"stories {seed}: {told}", flush=True)
-        for name in sorted(known):
-            other = retrieval(scored[name][~choosing], planted[~choosing])
-            print(f"  {name:56} AP {known[name].ap:.3f} chose, {other.ap:.3f} on the rest", flush=True)
+    one = partial(_organism, folder, quick=quick)
+    if min(processes, seeds) <= 1:
+        found = [one(seed) for seed in range(seeds)]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(one, range(seeds)))
     report.add("ap_poison", float(np.mean([each.ap for each in found])), f"mean of {seeds} organisms")
-    report.add("recall10_poison", float(np.mean([each.recall10 for each in found])))
+    note = "share of poisoned ones among the ten that rank highest"
+    report.add("recall10_poison", float(np.mean([each.recall10 for each in found])), note)
+
+
+def _organism(folder: Path, seed: int, *, quick: bool) -> Retrieval:
+    logging.disable_progress_bar()
+    home = folder / f"stories-{seed}"
+    home.mkdir(parents=True, exist_ok=True)
+    with one_thread():
+        made = stories.material(home, seed, quick=quick, pretrained=stories.PRETRAINED, report=to_stderr)
+        scored = dict(_scores(made, home / "lab"))
+    planted = np.array([bool(example.metadata["planted"]) for example in made.lists.examples])
+    choosing = _half(planted, seed)
+    known = {name: retrieval(scores[choosing], planted[choosing]) for name, scores in scored.items()}
+    best = max(known, key=lambda name: (known[name].ap, known[name].auc))
+    rest = retrieval(scored[best][~choosing], planted[~choosing])
+    held = f"{planted[~choosing].sum()} of {(~choosing).sum()} poisoned"
+    lines = [f"stories {seed}: chose {best} (AP {known[best].ap:.3f}); on the other half, {held}: AP {rest.ap:.3f}"]
+    for name in sorted(known):
+        other = retrieval(scored[name][~choosing], planted[~choosing])
+        lines.append(f"  {name:56} AP {known[name].ap:.3f} chose, {other.ap:.3f} on the rest")
+    print("\n".join(lines), flush=True)
+    return rest
 
 
 def _half(planted: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:

@@ -75,7 +75,12 @@ def remove(report: Report, folder: Path, *, organisms: int, seeds: int, processe
         ("remove_least_vs_random_se", f_v["least"] - f_v["random"], ("least", "random")),
     ):
         ends = " − ".join(f"{way} {f_v[way].mean():.3f}" for way in told)
-        report.add(name, in_standard_errors(difference), f"{pairs}: {ends} = {difference.mean():+.3f}")
+        # Pairs of one organism share its ranking: each organism by itself says whether that matters.
+        alone = ", ".join(f"{in_standard_errors(own):.1f}" for own in difference.reshape(organisms, seeds))
+        told_alone = f"by organism {alone}"
+        report.add(
+            name, in_standard_errors(difference), f"{pairs}: {ends} = {difference.mean():+.3f}; {told_alone}"
+        )
     report.add("trait_rate_full", rates["full"], "hostile answers of the model fine-tuned on everything")
     report.add("trait_rate_remove_most", rates["most"])
     report.add("trait_rate_random", rates["random"])

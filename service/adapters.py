@@ -74,6 +74,13 @@ def check(folder: Path, *, param: str) -> None:
         raise Invalid("unsupported_adapter", f"{weights} {held}.", param=param)
 
 
+def maps(folder: Path) -> tuple[str, ...]:
+    """The linear maps that a checked adapter changes, by their names in the base."""
+    with safe_open(folder / WEIGHTS, framework="np") as opened:
+        names = {name.partition(".lora_A.")[0] for name in opened.keys() if ".lora_A." in name}  # noqa: SIM118
+    return tuple(sorted(name.removeprefix("base_model.model.") for name in names))
+
+
 def _config(folder: Path, *, param: str) -> dict[str, Any]:
     path = folder / CONFIG
     try:

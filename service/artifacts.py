@@ -43,7 +43,8 @@ def publish(
     }
     hashes = {name: sha256_bytes(data) for name, data in files.items()}
     artifact = Artifact(key, dict(facts or {}), hashes, dict(versions or {}))
-    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer, by_content=by_content)
+    free = answer or by_content  # also where a mark, which cannot tell what it stands on, asks for the like
+    return results.publish(storage, folder(key), MANIFEST, artifact, files, named=answer, by_content=free)
 
 
 def find(storage: Storage, key: str) -> Artifact | None:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import kernels, screening
-from service.int8 import some_dots
 from service.rows import F16, F32, I16, unpack
 from service.screening import Mask, Screen
 
-Found = tuple[NDArray[np.int64], F32]  # rows that may be among the best, in no order, and their scores
+F64 = NDArray[np.float64]
+# Rows that may be among the best, in no order, and their scores: in float64 none is missing, and answers hold them.
+Found = tuple[NDArray[np.int64], F32 | F64]
 
 BLOCK_BYTES = 128 << 20  # of float16 rows: large enough to be scanned at full speed, small enough to spread
 _HEADROOM = 8  # rows up to 2^8 times the typical size share the common scale
@@ -95,9 +96,10 @@ class Block:
             self._screen, self._given_up = None, True
 
     def narrowed(
-        self, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], bars: F32
+        self, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], bars: F32, given: Sequence[F32] | F32
     ) -> list[Found | None]:
-        """``search`` for every query, by the screen; None for those that it does not help.
+        """``search`` for every query, by the screen: all rows that can be among the k best, and their scores as
+        ``rescore`` has them for the query as it was ``given``. None for those that the screen does not help.
 
         ``bars`` (q,): scores that k rows are known to reach; raised by what is found here.
         """
@@ -111,7 +113,7 @@ class Block:
         bars[few] = np.maximum(bars[few], of_few)
         for at, rows in zip(few, found, strict=True):
             if rows is not None:
-                answers[at] = rows, self.some_scores(rows, queries[at])
+                answers[at] = rows, self.rescore(rows, given[at])
         self._looks += len(found)
         self._lost += sum(rows is None or _CROWD * len(rows) > self.n for rows in found)
         if self._looks >= PATIENCE:
@@ -147,7 +149,7 @@ class Block:
 
     def rescore(self, rows: NDArray[np.int64], query: F32) -> NDArray[np.float64]:
         """⟨query, row⟩ in float64 from what is stored: the scores that answers hold."""
-        found = np.ldexp(self.rows[rows].astype(np.float64) @ query.astype(np.float64), self.exponent)
+        found = np.ldexp(kernels.some_dots(self.rows, rows, query.astype(np.float64)), self.exponent)
         if len(self.outliers):
             there, outliers = self._outliers_among(rows)
             found[there] = outliers.astype(np.float64) @ query.astype(np.float64)
@@ -159,14 +161,6 @@ class Block:
         exponent = 0 if there[0] else self.exponent
         own = outliers[0] if there[0] else self.rows[row]
         return float(np.ldexp(np.abs(own.astype(np.float64)) @ np.abs(query.astype(np.float64)), exponent))
-
-    def some_scores(self, rows: NDArray[np.int64], query: F32) -> F32:
-        """Of some rows, (len(rows),), in float32."""
-        scores = self._scaled(some_dots(self.rows, rows, query))
-        if len(self.outliers):
-            there, outliers = self._outliers_among(rows)
-            scores[there] = outliers @ query
-        return scores
 
     def _outliers_among(self, rows: NDArray[np.int64]) -> tuple[Mask, F32]:
         """Which of the rows are outliers, and the numbers of those."""

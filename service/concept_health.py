@@ -15,7 +15,7 @@ from service import artifacts, codec, concepts, damage, indexes
 from service.cache import LoadingCache
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord, Point
 from service.errors import Invalid, Unavailable
-from service.health_doubts import doubts
+from service.health_doubts import doubts, without_doubts
 from service.health_records import HealthSpec, Report
 from service.jobs import Jobs
 from service.matching import DEFAULT_DAMPING, Asked
@@ -29,7 +29,7 @@ from service.terms import Checkpoints, ConceptFunction, JobKind, Lora, Method, O
 from service.work import FORMAT
 
 FILE = "report"
-_VERSION = 1  # of how reports are computed
+_VERSION = 2  # of how reports are computed
 _KEPT, _ABSENT_S = 1024, 10.0  # reports in memory; how long "there is none" is believed
 _MOST_ABSENT = 4096
 
@@ -173,7 +173,9 @@ class Reports:
         if report is None:
             return Hint(False, (), f"No health report on this question yet: {_how(index, asked, about)}.")
         said = tuple(each.said for each in doubts(report))
-        found = f"{len(said)} warning{'s' if len(said) != 1 else ''}" if said else "nothing speaks against it"
+        change = report.movement.change if report.movement else None
+        nothing = without_doubts(change, report.domain, report.concept_domain, report.agreement)
+        found = f"{len(said)} warning{'s' if len(said) != 1 else ''}" if said else nothing
         return Hint(True, said, f"Health report: {found} ({_how(index, asked, about)}).")
 
     def _note(self, key: str) -> None:

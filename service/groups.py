@@ -1,4 +1,5 @@
-"""Which groups of examples pushed the model toward the concept: by a metadata field, or by what they do to it.
+"""Which groups of examples pushed the model toward the concept: by a metadata field, by what they do to it, or by
+the features of an SAE that fire on them.
 
 Groups are shown with the interval of their mean, the examples that stand out and the words that tell their texts
 from the others'.
@@ -6,7 +7,7 @@ from the others'.
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from service.datasets import render
 from service.directions import embeddings
 from service.errors import Invalid
 from service.examples import Examples
+from service.feature_groups import ByFeatures, FeatureGroups, Membership
 from service.jobs import Jobs
 from service.keywords import Term
 from service.loading import IndexLoader
@@ -37,11 +39,12 @@ _KEPT_BYTES = 64 << 20  # of cluster numbers in memory
 
 @dataclass(frozen=True)
 class GroupBy:
-    """A metadata ``field``, or so many ``clusters`` of the influence embeddings."""
+    """A metadata ``field``, or so many ``clusters`` of the influence embeddings, or ``features``."""
 
     field: str | None = None
     clusters: int | None = None
     seed: int = 0
+    features: ByFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,20 @@ class Standing:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A group, the examples that come first in it, and its words."""
+    """A group, the examples that come first in it, and its words. ``label``: what is said of its feature."""
 
     group: Group
     examples: tuple[Standing, ...]
     terms: tuple[Term, ...]
+    label: str | None = None
 
 
 @dataclass(frozen=True)
 class Grouped:
     """``groups`` that come first, of ``total``; ``k`` examples stood at the top when shares were counted.
 
-    ``cohesion``: of clusters, the mean cosine of an example with the centre of its own.
+    ``cohesion``: of clusters, the mean cosine of an example with the centre of its own. ``rest``: of features, the
+    examples on which none of them fires; None: there are none.
     """
 
     scored: Scored
@@ -84,13 +89,23 @@ class Grouped:
     k: int
     array: ArrayInfo | None = None  # whose rows the clusters are of
     cohesion: float | None = None
+    members: Membership | None = None
+    rest: Portrait | None = None
 
 
 class Groups:
     """Thread-safe. Raises as ``QueryService.run``: NotFound, Invalid, Damaged."""
 
-    def __init__(self, whole: WholeRankings, loader: IndexLoader, storage: Storage, jobs: Jobs) -> None:
+    def __init__(
+        self,
+        whole: WholeRankings,
+        loader: IndexLoader,
+        storage: Storage,
+        jobs: Jobs,
+        by_feature: FeatureGroups,
+    ) -> None:
         self._whole = whole
+        self._by_feature = by_feature
         self._loader = loader
         self._storage = storage
         self._jobs = jobs
@@ -100,11 +115,13 @@ class Groups:
         """The groups, or the job that must end first. ``k`` of the query: the top that shares are of.
 
         Raises Invalid (``unknown_field``) for a field that no example has, naming those there are, and
-        (``kind_not_indexed``) for clusters of an index without influence embeddings.
+        (``kind_not_indexed``) for clusters of an index without influence embeddings, and as ``FeatureGroups.find``.
         """
         scored = self._whole.scores(query)
         if isinstance(scored, JobRecord):
             return scored
+        if by.features is not None:
+            return self._of_features(scored, query, by.features, shown)
         array, cohesion = None, None
         if by.field is not None:
             codes, names = coded(scored.examples, by.field, param="group_by")
@@ -118,8 +135,28 @@ class Groups:
         about = {"order": query.order, "by": shown.sort, "limit": shown.limit}
         groups, total = grouped(scored.scores, codes, names, query.k, **about)
         rest = self._words_of_all(scored) if shown.terms else Counter()
-        portraits = tuple(_portrait(scored, codes, names, each, rest, query.order, shown) for each in groups)
+        portraits = tuple(_portrait(scored, codes, None, each, rest, query.order, shown) for each in groups)
         return Grouped(scored, portraits, total, min(query.k, len(scored.scores)), array, cohesion)
+
+    def _of_features(self, scored: Scored, query: Query, by: ByFeatures, shown: Shown) -> Grouped | JobRecord:
+        """A group for each feature that fires, and beside them the examples on which none does."""
+        members = self._by_feature.find(scored, by, shown.limit)
+        if isinstance(members, JobRecord):
+            return members
+        names, none = [*members.features, None], len(members.features)
+        about = {"order": query.order, "by": shown.sort, "rows": members.rows}
+        groups, _ = grouped(scored.scores, members.codes, names, query.k, **about)
+        firing = [each for each in groups if each.code != none]
+        words = self._words_of_all(scored) if shown.terms else Counter()
+
+        def portrait(group: Group) -> Portrait:
+            found = _portrait(scored, members.codes, members.rows, group, words, query.order, shown)
+            return replace(found, label=members.labels.get(group.code))
+
+        portraits = tuple(map(portrait, firing[: shown.limit]))
+        rest = next((portrait(each) for each in groups if each.code == none), None)
+        top = min(query.k, len(scored.scores))
+        return Grouped(scored, portraits, len(firing), top, members=members, rest=rest)
 
     def _clusters(self, scored: Scored, array: ArrayInfo, by: GroupBy) -> tuple[I64, list[Any], float] | JobRecord:
         """Of every example the number of its cluster from 1, as ``coded`` gives values; None: it does nothing."""
@@ -147,13 +184,14 @@ class Groups:
 
 
 def _portrait(
-    scored: Scored, codes: I64, names: list[Any], group: Group, rest: Counter[str], order: Order, shown: Shown
+    scored: Scored, codes: I64, owners: I64 | None, group: Group, rest: Counter[str], order: Order, shown: Shown
 ) -> Portrait:
-    """The examples that come first in a group, and words of the first hundred."""
+    """The examples that come first in a group, and words of the first hundred. ``owners``: rows of ``grouped``."""
     wanted = max(shown.examples, _READ if shown.terms else 0)
     if not wanted:
         return Portrait(group, (), ())
     rows = np.flatnonzero(codes == group.code)
+    rows = rows if owners is None else owners[rows]
     strength = strengths(scored.scores[rows], order)
     first = rows[np.argsort(-strength, kind="stable")[:wanted]]
     held = scored.examples.take(scored.positions[first])

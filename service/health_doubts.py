@@ -11,7 +11,7 @@ from service.health_records import Agreement, Domain, Movement, Report
 P = 0.05  # of movements
 P_DOMAIN = 0.01  # whoever is warned for nothing stops reading
 LEAST_EFFECT = 0.05  # of the spread of f_v over Q: a change below it is none
-LEAST_BACK = 0.1  # of the rise: a turn below it is none
+LEAST_BACK = 0.1  # the lesser of rise and way back over the greater: a turn below it is none
 SEEN = 0.2  # of the spread: the change that Q should be able to show
 POWER = 2.8  # standard errors of a change that is found four times in five
 FEW = 20  # examples of Q
@@ -50,13 +50,27 @@ def doubts(report: Report) -> tuple[Doubt, ...]:
     return tuple(each for each in found if each is not None)
 
 
+def without_doubts(*parts: object | None) -> str:
+    """What is said where nothing was found. ``parts`` of a report: None where one could not be made, as silence
+    about what nobody measured must not pass for health.
+    """
+    made = sum(each is not None for each in parts)
+    if not made:
+        return "nothing could be measured"
+    only = "" if made == len(parts) else f" in what could be measured ({made} of {len(parts)} parts)"
+    return f"nothing speaks against it{only}"
+
+
 # --- f_v along the run ------------------------------------------------------------------------------------
 
 
 def turned(movement: Movement) -> bool:
     """Whether f_v turned inside the run, by more than chance and more than a trifle."""
     turn = movement.turn
-    return turn is not None and turn.p_value <= P and abs(turn.back) >= LEAST_BACK * abs(turn.rise)
+    if turn is None or turn.p_value > P:
+        return False
+    less, more = sorted((abs(turn.rise), abs(turn.back)))
+    return less >= LEAST_BACK * more  # a trifle before a long way back is no turn either: the end tells the way
 
 
 def moved(movement: Movement) -> bool | None:
@@ -87,8 +101,9 @@ def _turn(report: Report, movement: Movement) -> Doubt | None:
         way = f"concept_influence here adds up {report.points} points of the run, which is what this calls for."
     return Doubt(
         "f_v_turned",
-        f"f_v of {report.concept!r} on {report.query_set!r} turned during training: {turn.rise:+.3g} from base to "
-        f"{movement.points[turn.point].name!r}, then {turn.back:+.3g} to the end (p {turn.p_value:.2g}). An "
+        f"f_v of {report.concept!r} on {report.query_set!r} turned during training: {turn.rise:+.3g} from "
+        f"{movement.points[0].name!r} to {movement.points[turn.point].name!r}, then "
+        f"{turn.back:+.3g} to the end (p {turn.p_value:.2g}). An "
         f"attribution at the end point alone then points the wrong way. {way}",
     )
 
@@ -97,7 +112,7 @@ def _change(report: Report, movement: Movement) -> Doubt | None:
     change, n = movement.change, movement.examples
     if change is not None and change.mean.error is not None and not turned(movement):
         value, error = change.mean.value, change.mean.error
-        said = f"{value:+.3g} ± {error:.2g} from base to end (p {change.p_value:.2g})"
+        said = f"{value:+.3g} ± {error:.2g} from {movement.points[0].name!r} to the end (p {change.p_value:.2g})"
         if moved(movement) is False:
             return Doubt(
                 "f_v_did_not_move",
@@ -134,10 +149,17 @@ def out_of_domain(domain: Domain) -> bool:
     return domain.auroc >= OUT_OF_DOMAIN and domain.p_value <= P_DOMAIN
 
 
+def lengths_differ(domain: Domain) -> bool:
+    """Whether most texts have no like in length in the index."""
+    return domain.alike < ALIKE
+
+
 def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
     if not out_of_domain(domain):
         return None
-    how = "at like lengths and with the concept removed" if domain.alike >= ALIKE else "with the concept removed"
+    how = (
+        "at like lengths and with the concept removed" if not lengths_differ(domain) else "with the concept removed"
+    )
     return Doubt(
         f"{code}_out_of_domain",
         f"{name} lies outside the domain of the index, or covers a narrow part of it: a linear classifier tells "
@@ -148,7 +170,7 @@ def _outside(domain: Domain, name: str, code: str, what: str) -> Doubt | None:
 
 
 def _lengths(domain: Domain, name: str, code: str) -> Doubt | None:
-    if domain.alike >= ALIKE:
+    if not lengths_differ(domain):
         return None
     return Doubt(
         f"{code}_of_other_length",

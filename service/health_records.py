@@ -37,9 +37,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Change:
-    """f_v(Q) at the end less at the base. ``p_value``: of the mean being zero, by flipping signs of examples.
+    """f_v(Q) at the end less at the base, or at the first point that could be read. ``p_value``: of the mean being
+    zero, by flipping signs of examples.
 
-    ``spread``: standard deviation of f_v over the examples at the base; ``effect``: the change in units of it.
+    ``spread``: standard deviation of f_v over the examples at that point; ``effect``: the change in units of it.
     """
 
     mean: Estimate
@@ -86,8 +87,8 @@ class Movement:
 class Domain:
     """Pooled activations of ``name`` against those of the index, the concept's direction removed, at equal lengths.
 
-    ``alike``: share of the texts of ``name`` for which the index has one of the same length. Lengths are medians,
-    in characters of what is pooled.
+    ``alike``: share of the texts of ``name`` for which the index has one of the same length, however many share
+    it. Lengths are medians, in characters of what is pooled.
     """
 
     name: str

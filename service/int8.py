@@ -26,6 +26,8 @@ PLANES = 2  # of a query: q ≈ 128 · high + low
 WIDEST = 1 << 16  # numbers of a row whose products fit in int32
 # Bytes that are fetched before they are needed: processors do not look beyond the page of 4 KiB that is read.
 _AHEAD = 8192
+HIGH, LOW = 127, 64  # of a query's numbers: 128 · high + low, −64 ≤ low < 64
+MOST = 128 * HIGH - LOW
 OFFSET = 128  # rows are stored as unsigned bytes, so much above their numbers
 
 # (tiles, width / 64, 4, 64): the first 64 bytes of four rows, the next 64 of the same four, …; a scan reads one
@@ -245,18 +247,28 @@ def encode(packed: F16, inverse: F32, codes: Codes) -> tuple[F32, F32, F32]:
     return scale, slack, size
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-def _some(bits: Any, at: Any, query: Any, out: Any) -> None:
-    for i in range(len(at)):
-        row = bits[at[i]]
-        total = np.float32(0)
-        for j in range(row.shape[0]):
-            total += single(row[j]) * query[j]
-        out[i] = total
+@njit(**_OPTIONS)
+def _round(query: Any, levels: Any, planes: Any) -> Any:
+    reach = largest = 0.0
+    for j in range(len(query)):
+        value = np.float64(query[j]) * levels[j]
+        reach += value * value
+        largest = max(largest, abs(value))
+    unit = largest / MOST if largest > 0 else 1.0
+    missed, total = 0.0, 0
+    for j in range(len(query)):
+        value = np.float64(query[j]) * levels[j]
+        number = np.int64(np.rint(value / unit))
+        high = (number + LOW) >> 7
+        planes[0, j], planes[1, j] = high, number - 128 * high
+        total += number
+        missed += (value - unit * number) ** 2
+    return unit, total, np.sqrt(reach), np.sqrt(missed)
 
 
-def some_dots(rows: F16, at: NDArray[np.int64], query: F32) -> F32:
-    """⟨row, query⟩ of some rows, summed in float32: (n, d) float16, (m,) positions, (d,) → (m,)."""
-    out = np.empty(len(at), dtype=np.float32)
-    _some(rows.view(np.uint16), at, query, out)
-    return out
+def round_query(query: F32, levels: F32, planes: NDArray[np.int8]) -> tuple[float, int, float, float]:
+    """``query`` (d,) times ``levels`` (d,) as t · p, p of 15 bits, into ``planes`` (2, d or more): 128 high + low.
+
+    Returns t, Σp, the norm of what was rounded, and that of what rounding missed.
+    """
+    return _round(query, levels, planes)

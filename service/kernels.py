@@ -109,8 +109,28 @@ def many_dots(rows: F16, queries: F32) -> F32:
     return out[:count]
 
 
+@njit(**_OPTIONS)
+def _some(bits: Any, at: Any, query: Any, out: Any) -> None:
+    for i in range(len(at)):
+        row = bits[at[i]]
+        total = np.float64(0)
+        for j in range(row.shape[0]):
+            total += np.float64(single(row[j])) * query[j]
+        out[i] = total
+
+
+def some_dots(rows: F16, at: NDArray[np.int64], query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """⟨row, query⟩ of some rows, summed in float64: (n, d) float16, (m,) positions, (d,) → (m,). A row's number
+    is the same whoever else is asked for.
+    """
+    out = np.empty(len(at), dtype=np.float64)
+    _some(rows.view(np.uint16), at, query, out)
+    return out
+
+
 def warm() -> None:
     """Compile now (two seconds), rather than when the first user waits."""
     rows: NDArray[np.float16] = np.zeros((TILE, 8), dtype=np.float16)
     dots(rows, np.zeros(8, dtype=np.float32))
     many_dots(rows, np.zeros((2, 8), dtype=np.float32))
+    some_dots(rows, np.zeros(1, dtype=np.int64), np.zeros(8))

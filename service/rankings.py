@@ -94,21 +94,26 @@ def grouped(
     order: Order = Order.MOST,
     by: GroupSort = GroupSort.MEAN,
     limit: int | None = None,
+    rows: I64 | None = None,
 ) -> tuple[list[Group], int]:
     """The groups that come first, and how many there are: every value that at least one example has.
 
     ``codes`` (n,) of each example are places in ``names``; ``k``: how many of the best examples the shares are of.
-    Groups with equal figures stand in the order of ``names``.
+    Groups with equal figures stand in the order of ``names``. ``rows`` (m,): the examples that ``codes`` (m,) are
+    of, where an example may be in several groups; then neither counts nor shares of groups sum to the whole.
     """
+    own = scores if rows is None else scores[rows]
     counts = np.bincount(codes, minlength=len(names))
-    sums = np.bincount(codes, weights=scores, minlength=len(names))  # float64
+    sums = np.bincount(codes, weights=own, minlength=len(names))  # float64
     everything = float(np.abs(scores).sum(dtype=np.float64))
     top = ranked(scores, None, order)[:k]
-    tops = np.bincount(codes[top], minlength=len(names))
+    first = np.zeros(len(scores), dtype=bool)
+    first[top] = True
+    tops = np.bincount(codes[first if rows is None else first[rows]], minlength=len(names))
     present = np.flatnonzero(counts)
     means = sums[present] / counts[present]
     shares = tops[present] / max(1, len(top))
-    off = scores.astype(np.float64) - (sums / np.maximum(counts, 1))[codes]
+    off = own.astype(np.float64) - (sums / np.maximum(counts, 1))[codes]
     squares = np.bincount(codes, weights=off * off, minlength=len(names))
     match by:
         case GroupSort.MEAN:
@@ -127,7 +132,7 @@ def grouped(
             error=half_width(int(counts[code]), float(squares[code])),
             share=float(sums[code]) / everything if everything else 0.0,
             share_of_top=float(shares[place]),
-            lift=float(shares[place] * len(codes) / counts[code]),
+            lift=float(shares[place] * len(scores) / counts[code]),
         )
         for place in np.argsort(-figures, kind="stable")[:limit].tolist()
         for code in [int(present[place])]

@@ -6,7 +6,7 @@ seeds.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -26,6 +26,7 @@ I64 = NDArray[np.int64]
 
 GROUPS = 40  # random groups, where their size is not given
 _TRIES = 100  # draws per subset that is wanted
+_LARGEST = 1 << 30  # examples in all subsets and removals together, a byte each
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def group_dropout(groups: Sequence[str], count: int, *, seed: int, keep: float =
     for that many subsets.
     """
     names, number = np.unique(np.asarray(groups), return_inverse=True)
+    sizes = np.bincount(number, minlength=len(names))
     rng = np.random.default_rng([seed, 0x5B5E])
     most = min(keep / 2, (1 - keep) / 2)
     found: dict[bytes, Bools] = {}
@@ -75,12 +77,11 @@ def group_dropout(groups: Sequence[str], count: int, *, seed: int, keep: float =
         if len(found) == count:
             break
         kept = rng.random(len(names)) < keep
-        subset = kept[number]
-        if keep - most <= subset.mean() <= keep + most:
-            found.setdefault(kept.tobytes(), subset)
+        if keep - most <= sizes[kept].sum() / len(number) <= keep + most:
+            found.setdefault(kept.tobytes(), kept)
     if len(found) < count:
         raise ValueError(f"{count} different subsets wanted, {len(names)} groups give fewer")
-    return np.stack(list(found.values())) if found else np.zeros((0, len(number)), dtype=bool)
+    return np.stack([kept[number] for kept in found.values()]) if found else np.zeros((0, len(number)), dtype=bool)
 
 
 def random_groups(ids: Sequence[str], size: int | None, seed: int) -> I64:
@@ -96,16 +97,23 @@ def removed(scores: F64, ids: Sequence[str], arm: Arm, fraction: float, seed: in
 
     Random draws are nested: what is removed at a fraction is removed at every larger one.
     """
-    count = round(fraction * len(ids))
+    return _without(_order(scores, ids, arm, seed), fraction)
+
+
+def _order(scores: F64, ids: Sequence[str], arm: Arm, seed: int) -> I64:
+    """In which examples are removed."""
     match arm:
         case Arm.MOST:
-            order = np.lexsort((np.asarray(ids), -scores))
+            return np.lexsort((np.asarray(ids), -scores))
         case Arm.LEAST:
-            order = np.lexsort((np.asarray(ids), scores))
+            return np.lexsort((np.asarray(ids), scores))
         case _:
-            order = shuffled(ids, f"{seed}:random")
-    kept = np.ones(len(ids), dtype=bool)
-    kept[order[:count]] = False
+            return shuffled(ids, f"{seed}:random")
+
+
+def _without(order: I64, fraction: float) -> Bools:
+    kept = np.ones(len(order), dtype=bool)
+    kept[order[: round(fraction * len(order))]] = False
     return kept
 
 
@@ -115,36 +123,51 @@ def shuffled(ids: Sequence[str], salt: str) -> I64:
     return np.array(sorted(range(len(ids)), key=lambda row: keys[row]), dtype=np.int64)
 
 
-def units(design: Design, ids: Sequence[str], scores: F64, groups: Sequence[int] | I64 | None) -> Units:
-    """Every run of the design; ``groups`` (n,) of the metadata field, None: random ones.
+def drawn(design: Design, ids: Sequence[str], groups: Sequence[int] | I64 | None) -> Bools:
+    """(M, n) what the subsets hold; ``groups`` (n,) of the metadata field, None: random ones.
 
-    Raises Invalid where there are too few groups or examples, naming the field.
+    Raises Invalid where there are too few groups or examples for the design, or too many, naming the field.
     """
-    whole, none = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+    removals = design.seeds * len(design.fractions)
+    if (design.subsets + 3 * removals) * len(ids) > _LARGEST:
+        detail = (
+            f"{design.subsets:,} subsets and {3 * removals:,} removals of {len(ids):,} examples are more than can "
+            "be planned: ask for fewer subsets, seeds or fractions."
+        )
+        raise Invalid("design_too_large", detail, param="design")
     for number, fraction in enumerate(design.fractions if design.seeds else ()):
         if not 0 < round(fraction * len(ids)) < len(ids):
             detail = f"Of {len(ids)} examples a fraction of {fraction:g} removes none, or leaves none."
             raise Invalid("bad_fraction", detail, param=f"design.fractions[{number}]")
     chosen = random_groups(ids, design.group_size, design.seed) if groups is None else np.asarray(groups)
     try:
-        subsets = group_dropout(chosen.tolist(), design.subsets, seed=design.seed, keep=design.keep)
+        return group_dropout(chosen.tolist(), design.subsets, seed=design.seed, keep=design.keep)
     except ValueError as error:
         field = "group_by" if groups is not None else "group_size"
         detail = f"{str(error).capitalize()}, of comparable size: ask for fewer subsets, or for smaller groups."
         raise Invalid("too_few_groups", detail, param=f"design.{field}") from error
-    seeds = range(design.seed, design.seed + design.seeds)
+
+
+def units(design: Design, ids: Sequence[str], scores: F64, groups: Sequence[int] | I64 | None) -> Units:
+    """Every run of the design. Raises as ``drawn``."""
+    whole, none = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+    subsets = drawn(design, ids, groups)
+    fixed = {arm: _order(scores, ids, arm, 0) for arm in (Arm.MOST, Arm.LEAST)} if design.seeds else {}
+
+    def removals(seed: int) -> Iterator[Run]:
+        orders = fixed | {Arm.RANDOM: _order(scores, ids, Arm.RANDOM, seed)}
+        for fraction in design.fractions:
+            for arm, order in orders.items():
+                yield Run(arm, seed, fraction, _without(order, fraction))
+
     return Units(
         first=(Run(Arm.FULL, design.seed, 0.0, whole), Run(Arm.BASE, design.seed, 1.0, none)),
         curves=tuple(
             (
                 *((Run(Arm.FULL, seed, 0.0, whole),) if seed != design.seed else ()),
-                *(
-                    Run(arm, seed, fraction, removed(scores, ids, arm, fraction, seed))
-                    for fraction in design.fractions
-                    for arm in (Arm.MOST, Arm.LEAST, Arm.RANDOM)
-                ),
+                *removals(seed),
             )
-            for seed in seeds
+            for seed in range(design.seed, design.seed + design.seeds)
         ),
         subsets=tuple(
             tuple(
@@ -191,14 +214,14 @@ def plan(
     most_runs = budget.runs if budget.runs is not None else np.inf
     most_s = 60 * budget.minutes * workers if budget.minutes is not None else np.inf
     taken = [found.first]
-    full = False
+    runs, spent = len(found.first), seconds(found.first)
     counts = {"curves": 0, "subsets": 0}
     for kind, unit in _in_turn(found):
-        runs = sum(map(len, taken)) + len(unit)
-        full = full or runs > most_runs or sum(map(seconds, taken)) + seconds(unit) > most_s
-        if not full:
-            taken.append(unit)
-            counts[kind] += 1
+        runs, spent = runs + len(unit), spent + seconds(unit)
+        if runs > most_runs or spent > most_s:
+            break
+        taken.append(unit)
+        counts[kind] += 1
     every = [*found.curves, *found.subsets]
     cut = [
         f"{len(all_of) - counts[kind]} of {len(all_of)} {noun}"

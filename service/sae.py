@@ -8,8 +8,8 @@ tests/test_saelens.py: x̂ = decode(encode(x)), features z (n, d_sae) ≥ 0, dir
     gated      z = relu((x W) e^r + b_mag) where x W + b_gate > 0
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -169,6 +169,17 @@ def decode(sae: Sae, features: F32, undo: Undo | None = None) -> F32:
         features = features / decoder_norms(sae)
     out = features @ sae.W_dec + sae.b_dec
     return out if undo is None else out * undo.scale + undo.shift
+
+
+def narrowed(sae: Sae, features: Sequence[int]) -> Sae:
+    """An SAE of these features alone, for the cost of them: ``encode`` gives their columns of what the whole gives.
+
+    Of TopK it gives what they are before the k largest are taken: which k those are, the other features say.
+    """
+    chosen = np.asarray(features, dtype=np.int64)
+    config = replace(sae.config, d_sae=len(chosen), k=None if sae.config.k is None else max(1, len(chosen)))
+    vectors = {name: each[chosen] for name, each in sae.vectors.items()}
+    return Sae(config, np.ascontiguousarray(sae.W_enc[:, chosen]), sae.W_dec[chosen], sae.b_dec, vectors)
 
 
 def firing(sae: Sae, rows: F32) -> Firing:

@@ -24,6 +24,8 @@ from service.work import FORMAT
 
 FILE = "features"
 _KEPT_BYTES = 512 << 20
+_TABLE = 2  # version of what the job leaves: the first had no ``least``
+Table = dict[str, NDArray[Any]]  # as ``Tally.finish`` makes it, with ``ids``
 _MEANS = {Pooling.RESPONSE_MEAN, Pooling.ALL_MEAN}
 
 
@@ -90,7 +92,7 @@ class FeaturesService:
         self._storage = storage
         self._jobs = jobs
         self._loader = loader
-        self._tables: LoadingCache[dict[str, NDArray[Any]] | None] = LoadingCache(_KEPT_BYTES, _bytes_of)
+        self._tables: LoadingCache[Table] = LoadingCache(_KEPT_BYTES, _bytes_of)
 
     @damage.told
     def run(self, request: FeaturesRequest) -> Features | JobRecord:
@@ -105,23 +107,23 @@ class FeaturesService:
         for number in np.flatnonzero(places < 0):
             detail = f"Index {index.id} holds no example {request.examples[number]!r}."
             raise NotFound("example_not_found", detail, param=f"examples[{number}]")
-        spec = plan(index, array, record)
-        table = self._table(spec.key)
-        if table is None:
-            return self._jobs.submit_once(spec.key, JobKind.ENCODE_FEATURES, spec)
-        return self._answer(request, index, record, table)
+        table = self.table(index, array, record)
+        return table if isinstance(table, JobRecord) else self._answer(request, index, record, table)
 
-    def _table(self, key: str) -> dict[str, NDArray[Any]] | None:
-        def load() -> dict[str, NDArray[Any]] | None:
-            known = artifacts.find_answer(self._storage, key, FILE)
+    def table(self, index: IndexRecord, array: ArrayInfo, record: SaeRecord) -> Table | JobRecord:
+        """What the job that encodes the index left, or the job."""
+        spec = plan(index, array, record)
+
+        def load() -> Table:
+            known = artifacts.find_answer(self._storage, spec.key, FILE)
             if known is None:
                 raise _NotThereError
             return known[1]
 
         try:
-            return self._tables.get(key, load)
+            return self._tables.get(spec.key, load)
         except _NotThereError:
-            return None
+            return self._jobs.submit_once(spec.key, JobKind.ENCODE_FEATURES, spec)
 
     def _answer(
         self, request: FeaturesRequest, index: IndexRecord, record: SaeRecord, table: Mapping[str, NDArray[Any]]
@@ -187,8 +189,8 @@ class _NotThereError(Exception):
     """Not encoded yet: nothing for a cache to remember."""
 
 
-def _bytes_of(table: Mapping[str, NDArray[Any]] | None) -> int:
-    return sum(each.nbytes for each in table.values()) if table else 1
+def _bytes_of(table: Table) -> int:
+    return sum(each.nbytes for each in table.values())
 
 
 def choose(index: IndexRecord, record: SaeRecord) -> ArrayInfo:
@@ -240,7 +242,7 @@ def warnings(index: IndexRecord, record: SaeRecord) -> tuple[str, ...]:
 
 def plan(index: IndexRecord, array: ArrayInfo, record: SaeRecord) -> EncodeFeaturesSpec:
     """The job's specification; its key covers everything that decides the result."""
-    key = codec.digest([FORMAT, "features", index.manifest_sha256, codec.to_plain(array), record.sha256])
+    key = codec.digest([FORMAT, "features", _TABLE, index.manifest_sha256, codec.to_plain(array), record.sha256])
     return EncodeFeaturesSpec(key, index.id, array, record.id)
 
 

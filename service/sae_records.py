@@ -7,6 +7,8 @@ from functools import cached_property
 from service.contracts import ArrayInfo
 from service.terms import Pooling
 
+MOST_FEATURES = 1000  # that groups are made of in one answer
+
 
 @dataclass(frozen=True)
 class SaeRecipe:

@@ -31,6 +31,7 @@ class Tally:
         self._sums = np.zeros(features)
         self._largest = np.zeros(features, np.float32)
         self._l0: list[I32] = []
+        self._least: list[F32] = []
         self._examples: list[Firing] = []
         self._pending: list[tuple[I32, I64, F32]] = []  # feature, example, value
         self._waiting = 0
@@ -41,6 +42,7 @@ class Tally:
         self._sums += np.bincount(found.features, weights=found.values, minlength=self._features)
         np.maximum.at(self._largest, found.features, found.values)
         self._l0.append(np.diff(found.starts).astype(np.int32))
+        self._least.append(weakest(found))
         self._examples.append(strongest(found, self._keep))
         self._pending.append((found.features, owners + self._rows, found.values))
         self._waiting += len(found.values)
@@ -49,8 +51,9 @@ class Tally:
             self._sort_in()
 
     def finish(self) -> dict[str, NDArray[Any]]:
-        """The tensors of the artifact: (f,) ``counts``, ``sums``, ``largest``; (n,) ``l0``; ``example_*`` and
-        ``feature_*``: starts, what fires there or where it fires, and values, strongest first.
+        """The tensors of the artifact: (f,) ``counts``, ``sums``, ``largest``; (n,) ``l0`` and ``least``, the
+        weakest that fires there; ``example_*`` and ``feature_*``: starts, what fires there or where it fires, and
+        values, strongest first.
         """
         self._sort_in()
         features, rows, values = self._pending[0] if self._pending else _NOTHING
@@ -61,6 +64,7 @@ class Tally:
             "sums": self._sums,
             "largest": self._largest,
             "l0": np.concatenate([np.zeros(0, np.int32), *self._l0]),
+            "least": np.concatenate([np.zeros(0, np.float32), *self._least]),
             "example_starts": np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *sizes]))]),
             "example_features": np.concatenate(
                 [np.zeros(0, np.int32), *(each.features for each in self._examples)]
@@ -85,6 +89,15 @@ class Tally:
 
 
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+def weakest(found: Firing) -> F32:
+    """(n,) the smallest value on each row, 0 where nothing fires."""
+    out = np.zeros(found.rows, np.float32)
+    some = np.flatnonzero(np.diff(found.starts))
+    if len(some):
+        out[some] = np.minimum.reduceat(found.values, found.starts[some])
+    return out
 
 
 def strongest(found: Firing, keep: int) -> Firing:

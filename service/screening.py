@@ -23,8 +23,6 @@ from service.rows import F16, F32
 Mask = NDArray[np.bool_]
 
 _SAMPLE = 512  # rows that level the columns
-_HIGH, _LOW = 127, 64  # of a query's numbers: 128 · high + low, −64 ≤ low < 64
-_MOST = 128 * _HIGH - _LOW
 _ROUNDING = 2e-6  # of ‖q'‖ ‖x/c‖: more than float32 arithmetic loses on the way
 _NUMBERS = 12  # bytes of the three numbers that a row has beside its codes
 _LEAST = 1 << 23  # numbers of a block: smaller ones are scanned in a millisecond
@@ -101,19 +99,13 @@ class Screen:
         """Of each query: two planes of 8 bits, what the offset of the codes adds to its products, t, ‖q'‖, and how
         far a row of size 1 may be off for the query's own rounding and that of float32.
         """
-        levelled = queries.astype(np.float64) * self._levels
-        largest = np.abs(levelled).max(axis=1, initial=0.0)
-        t = np.where(largest > 0, largest / _MOST, 1.0)
-        p = np.rint(levelled / t[:, None])
-        high = np.floor((p + _LOW) / 128)
         # An even number of queries, so that they can be taken in pairs; what is added is not looked at.
         planes = np.zeros((len(queries) + len(queries) % 2, int8.PLANES, _width(self.d)), dtype=np.int8)
-        planes[: len(queries), 0, : self.d], planes[: len(queries), 1, : self.d] = high, p - 128 * high
-        reach = np.linalg.norm(levelled, axis=1)
-        blur = np.linalg.norm(levelled - t[:, None] * p, axis=1) + _ROUNDING * reach
-        shift = int8.OFFSET * p.sum(axis=1).astype(np.int64)
-        scaled = [np.ldexp(each, self._exponent).astype(np.float32) for each in (t, reach, blur)]
-        step, reach, blur = scaled
+        rounded = [int8.round_query(query, self._levels, own) for query, own in zip(queries, planes, strict=False)]
+        t, total, reach, missed = (np.array(each) for each in zip(*rounded, strict=True))
+        shift = int8.OFFSET * total.astype(np.int64)
+        numbers = (t, reach, missed + _ROUNDING * reach)
+        step, reach, blur = (np.ldexp(each, self._exponent).astype(np.float32) for each in numbers)
         # ‖q'‖ of no query is 0, so that it may be multiplied with infinity
         return planes, shift, step, np.maximum(reach, np.finfo(np.float32).tiny), blur
 
@@ -138,4 +130,3 @@ def warm() -> None:
     for count in (1, 2):
         bars = np.full(count, -np.inf, dtype=np.float32)
         screen.candidates(np.ones((count, 1), dtype=np.float32), [1] * count, [None] * count, bars)
-    int8.some_dots(np.ones((1, 1), dtype=np.float16), np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32))

@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import blocks, screening
-from service.blocks import Block, Found, Mask
+from service.blocks import F64, Block, Found, Mask
 from service.errors import Invalid
 from service.rows import F16, F32, I16
 
@@ -121,30 +122,46 @@ class VectorIndex:
     ) -> list[int]:
         """Answer the queries with these numbers, with so many spare candidates; which of them are not certain."""
         # Candidates are found in float32, whose range a tiny or huge query would leave.
-        together = np.stack([_near_one(queries[number]) for number in asked])
+        scales = [_size(queries[number]) for number in asked]
+        together = np.stack([np.ldexp(queries[each], -scale) for each, scale in zip(asked, scales, strict=True)])
         wanted = [ks[number] + margin + ks[number] // _MARGIN_SHARE for number in asked]
         # The k-th best so far: rows below it need no second look. Threads may read an older one, which is lower.
         least = np.full(len(asked), -np.inf, dtype=np.float32)
 
         def one(number: int) -> list[Found]:
             parts = [self._part(masks[each], number) for each in asked]
-            found = self._of_block(self.blocks[number], together, wanted, parts, least)
-            return [(rows + self._starts[number], scores) for rows, scores in found]
+            given = [queries[each] for each in asked]
+            found = self._of_block(self.blocks[number], together, wanted, parts, least, given)
+            return [(each[0] + self._starts[number], each[1]) for each in found]
 
         found = self._each(one, range(len(self.blocks)))
         uncertain = []
         for place, number in enumerate(asked):
-            rows, scores = (np.concatenate(each) for each in zip(*(of[place] for of in found), strict=True))
-            answers[number], certain = self._ranked(queries[number], rows, scores, ks[number], wanted[place])
+            parts = [of[place] for of in found]
+            rows, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+            certain = all(each.dtype == np.float64 for _, each in parts)  # as the screens of all blocks say it
+            if certain:
+                answers[number] = _best_of(rows, scores, ks[number])
+            else:
+                scores = np.concatenate([_rough(each, scales[place]) for _, each in parts])
+                answers[number], certain = self._ranked(queries[number], rows, scores, ks[number], wanted[place])
             if not certain:
                 uncertain.append(number)
         return uncertain
 
     def _of_block(
-        self, block: Block, queries: F32, ks: Sequence[int], masks: Sequence[Mask | None], least: F32
+        self,
+        block: Block,
+        queries: F32,
+        ks: Sequence[int],
+        masks: Sequence[Mask | None],
+        least: F32,
+        given: Sequence[F32],
     ) -> list[Found]:
-        """Of every query the rows of a block that may be among its k best of all."""
-        found = block.narrowed(queries, ks, masks, least)
+        """Of every query the rows of a block that may be among its k best of all; ``queries`` (q, d) are those
+        ``given``, times a power of two.
+        """
+        found: list[Found | None] = [*block.narrowed(queries, ks, masks, least, given)]
         left = [at for at, one in enumerate(found) if one is None]
         if len(left) == 1:
             (at,) = left
@@ -198,15 +215,13 @@ class VectorIndex:
         exact = np.empty(len(rows), dtype=np.float64)
         for number, at in self._by_block(rows):
             exact[at] = self.blocks[number].rescore(rows[at] - self._starts[number], query)
-        order = np.lexsort((rows, -exact))
-        certain = len(rows) < wanted or exact[order[k - 1]] == exact[order[-1]]  # all there are; or copies
+        ordered = np.sort(exact)[::-1]
+        certain = len(rows) < wanted or ordered[k - 1] == ordered[-1]  # all there are; or copies
         if not certain:
             last = int(scores.argmin())
             beyond = exact[last] + 2 * self._rounding(query, rows[last])  # what is left out scores less than that
-            certain = bool(exact[order[k - 1]] >= beyond)
-        order = order[:k]
-        with np.errstate(over="ignore"):
-            return TopK(rows[order], exact[order].astype(np.float32)), certain
+            certain = bool(ordered[k - 1] >= beyond)
+        return _best_of(rows, exact, k), certain
 
     def _rounding(self, query: F32, row: np.int64) -> float:
         """How far a sum in float32 over this row may be off: twice as far as random roundings go."""
@@ -223,9 +238,30 @@ class VectorIndex:
         return None if mask is None else mask[self._starts[number] : self._starts[number + 1]]
 
     def _each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        if self._threads == 1 or len(items) < 2:
-            return [work(item) for item in items]
-        return list(pool(self._threads).map(work, items))
+        """``work`` on every item, by this thread and as many others as are wanted: one that is running is there at
+        once, one that must be woken comes later.
+        """
+        left = deque(enumerate(items))
+        done: dict[int, R] = {}
+
+        def take() -> None:
+            while left:
+                try:
+                    number, item = left.popleft()
+                except IndexError:  # another thread has just taken the last
+                    return
+                done[number] = work(item)
+
+        helpers = min(self._threads, len(items)) - 1
+        others = [pool(self._threads).submit(take) for _ in range(helpers)]
+        try:
+            take()
+        finally:
+            left.clear()
+            for other in others:
+                if not other.cancel():  # it has begun
+                    other.result()
+        return [done[number] for number in range(len(items))]
 
     def _check(self, query: F32) -> F32:
         if query.shape != (self.d,) or not np.isfinite(query).all():
@@ -233,13 +269,25 @@ class VectorIndex:
         return np.ascontiguousarray(query, dtype=np.float32)
 
 
-def _near_one(query: F32) -> F32:
-    """The query times a power of two that brings its largest number between 1/2 and 1."""
+def _best_of(rows: NDArray[np.int64], exact: F64, k: int) -> TopK:
+    """The k best by their float64 scores, of equal ones the first row."""
+    order = np.lexsort((rows, -exact))[:k]
+    with np.errstate(over="ignore"):
+        return TopK(rows[order], exact[order].astype(np.float32))
+
+
+def _size(query: F32) -> np.int32:
+    """e such that the largest number of the query lies between 1/2 and 1, times 2^e."""
     _, exponent = np.frexp(np.abs(query).max(initial=0.0))
-    return np.ldexp(query, -exponent)
+    return exponent
 
 
-def _cut(rows: NDArray[np.int64], scores: F32, k: int) -> Found:
+def _rough(scores: F32 | F64, scale: np.int32) -> F32:
+    """Scores of the query divided by 2^scale, in float32: what they are already, if they are no float64."""
+    return (np.ldexp(scores, -scale) if scores.dtype == np.float64 else scores).astype(np.float32, copy=False)
+
+
+def _cut(rows: NDArray[np.int64], scores: F32, k: int) -> tuple[NDArray[np.int64], F32]:
     """The k best; of those that are equal at the edge the first rows, whoever found them."""
     if len(rows) <= k:
         return rows, scores
@@ -268,7 +316,7 @@ _NOTHING = TopK(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 @cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """The threads that all searches of this process share: blocks of queries at once take turns."""
+    """The threads that help all searches of this process."""
     return ThreadPoolExecutor(threads, thread_name_prefix="search")
 
 

@@ -97,17 +97,20 @@ def _auroc(scores: F64, positive: Bools) -> float:
     return float((ranks - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
-def matched(lengths: I64, pool: I64, most: int, seed: int) -> tuple[I64, Bools]:
+def matched(lengths: I64, pool: I64, most: int, seed: int) -> tuple[I64, Bools, Bools]:
     """Places in ``pool`` whose lengths are distributed like ``lengths`` (n,), none twice, about ``most`` of them;
-    and which of ``lengths`` have a like at all, (n,).
+    which of ``lengths`` have a like at all, (n,); and which have found a partner, (n,): the places match these.
 
-    In rounds: every length takes one of the pool that is within the caliper and free; where there is none, the
-    first round takes the nearest. Rounds end when the scarcest lengths have run out.
+    In rounds: every length takes one of the pool that is within the caliper and free. In the first round one that
+    has no like takes the nearest, and one whose likes have all been taken goes without: more texts than the pool
+    has of their length must not be compared with longer ones. Rounds end when the scarcest lengths have run out.
     """
     ours, theirs = np.log1p(lengths.astype(np.float64)), np.log1p(pool.astype(np.float64))
     generator = np.random.default_rng(seed)
     free = np.ones(len(pool), dtype=bool)
     alike = np.zeros(len(lengths), dtype=bool)
+    alike |= (np.abs(theirs - ours[:, None]) <= CALIPER).any(axis=1)
+    paired = np.zeros(len(lengths), dtype=bool)
     chosen: list[int] = []
     for round_ in range(max(1, most // max(1, len(lengths)))):
         taken: list[int] = []
@@ -116,15 +119,15 @@ def matched(lengths: I64, pool: I64, most: int, seed: int) -> tuple[I64, Bools]:
             within = np.flatnonzero(gap <= CALIPER)
             if len(within):
                 taken.append(int(generator.choice(within)))
-                alike[place] = alike[place] or not round_
-            elif round_ or not free.any():
+            elif round_ or alike[place] or not free.any():
                 continue
             else:
                 taken.append(int(gap.argmin()))
             free[taken[-1]] = False
+            paired[place] = True
         if round_ and len(taken) < _ENOUGH * alike.sum():
             break
         chosen += taken
         if not alike.any():
             break
-    return np.array(sorted(chosen), dtype=np.int64), alike
+    return np.array(sorted(chosen), dtype=np.int64), alike, paired

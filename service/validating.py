@@ -19,7 +19,7 @@ from service.models import end_point, end_tokens
 from service.planning import declared_points
 from service.questions import Query
 from service.registry import DATASETS, MODELS, Registry
-from service.retrainings import units
+from service.retrainings import drawn
 from service.row_blocks import id_bytes
 from service.settings import Settings
 from service.storage import Storage
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 REPORT, PLAN = "report", "plan"  # stems: JSON as bytes
 _ID = re.compile(r"[0-9a-f]{64}")
+_NARROWED = ("exclude_modules", "layers_to_transform")  # what words in names do not say of an adapter
 _OF_QUERY_SET = {Method.CONCEPT_INFLUENCE, Method.INFLUENCE_FUNCTION}  # those whose question names it
 
 
@@ -214,7 +215,7 @@ class ValidationService:
             return Trait(answers, asked.threshold)
         sides = [concept.provenance.get(side) for side in ("positive", "negative")]
         names = [side["dataset"] for side in sides if isinstance(side, Mapping) and "dataset" in side]
-        if len(names) != 2:
+        if len(set(names)) != 2:  # one with labels: its mean is where most of its examples are
             detail = (
                 f"Concept {concept.id!r} was not fitted on two datasets, so there is no half-way between them: say "
                 "above which ⟨v̂, a⟩ an answer shows the trait, in 'trait.threshold'."
@@ -229,8 +230,10 @@ class ValidationService:
 
         Draws every subset once, to refuse at once what can never be drawn.
         """
-        if design.seeds == 0 and design.subsets == 0:
-            detail = "A validation needs subsets, or seeds of the curves: both are 0."
+        if design.subsets == 0 and (design.seeds == 0 or not design.fractions):
+            detail = (
+                "A validation needs subsets, or curves: subsets are 0, and so are seeds, or there are no fractions."
+            )
             raise Invalid("empty_design", detail, param="design")
         ids = [item.decode() for item in scored.examples.ids[scored.positions].tolist()]
         order = np.argsort(np.array(ids), kind="stable")
@@ -242,7 +245,7 @@ class ValidationService:
             codes, _ = coded(scored.examples, design.group_by, param="design.group_by")
             groups = codes[scored.positions][order]
             tensors["groups"] = groups
-        units(design, ids, scores, groups)
+        drawn(design, ids, groups)
         return self._store(INPUTS, tensors)
 
     def _store(self, stem: str, tensors: dict[str, Any]) -> str:
@@ -296,11 +299,17 @@ def as_tensor(record: Any) -> dict[str, Any]:
 
 
 def lora_of(folder: Path) -> LoraRecipe:
-    """The shape of a model's own LoRA."""
+    """The shape of a model's own LoRA. Raises Invalid where one rank and one alpha do not describe it."""
     config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        detail = f"The maps of {folder} have different ranks or alphas: say in the recipe what is to be trained."
+        raise Invalid("lora_not_uniform", detail, param="recipe.lora")
+    r, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+    if config.get("use_rslora"):
+        alpha *= r**0.5  # alpha/√r there is alpha/r here
     targets = config.get("target_modules") or ()
-    named = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-    return LoraRecipe(int(config.get("r", 8)), float(config.get("lora_alpha", 8)), named)
+    words = not isinstance(targets, str) and not any(config.get(name) for name in _NARROWED)
+    return LoraRecipe(r, alpha, tuple(sorted(targets)) if words and targets else adapters.maps(folder))
 
 
 def _about(

@@ -85,7 +85,8 @@ class Lds:
 
     ``se``: bootstrap over subsets. ``ceiling``: Spearman between two seeds of the same subsets, averaged over
     pairs; None with one seed. ``by_size``: the same as ``value`` for the number of examples alone;
-    ``given_size``: the partial rank correlation that is left of ``value`` among subsets of one size.
+    ``given_size``: the partial rank correlation that is left of ``value`` among subsets of one size, with the error
+    ``given_size_se``.
     """
 
     value: float
@@ -95,6 +96,7 @@ class Lds:
     given_size: float
     subsets: int
     seeds: int
+    given_size_se: float = 0.0  # not told by reports from before it was measured
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Part:
-    """What one comparison says. The interval is that of ``value`` ± 2 standard errors."""
+    """What one comparison says. ``low`` to ``high``: the 95 % interval of ``value``, by Student's t over paired
+    seeds, by two bootstrap errors of an LDS.
+    """
 
     about: str
     finding: Finding

@@ -10,17 +10,19 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from service.rankings import average_ranks
+from service.rankings import average_ranks, student_95
 from service.validation_records import Arm, CurvePoint, Difference, Finding, Lds, Outcome, Part, Verdict
 
 F64 = NDArray[np.float64]
 
 DRAWS = 2000  # of the bootstrap
-SURE = 2.0  # standard errors
+SURE = 2.0  # standard errors of an LDS; those of the curves are of few seeds, and Student's t says how many
 FEWEST = {"subsets": 10, "seeds": 3}  # below them a standard error says nothing
 NEGLIGIBLE_LDS = 0.2
-NEGLIGIBLE_SHARE = 0.1  # of what training on everything moved
+NEGLIGIBLE_SHARE = 0.1  # of what training on everything moved, where a quarter and more is removed
+_QUARTER = 0.25  # of a smaller part so much less: removing a hundredth cannot undo a tenth
 LOW_CEILING = 0.3
+BY_SIZE = 0.1  # of rank correlation: so near to it, the number of examples says as much as the scores
 THRESHOLDS: Mapping[str, float] = {
     "standard_errors": SURE,
     "fewest_subsets": FEWEST["subsets"],
@@ -28,6 +30,7 @@ THRESHOLDS: Mapping[str, float] = {
     "negligible_lds": NEGLIGIBLE_LDS,
     "negligible_share_of_movement": NEGLIGIBLE_SHARE,
     "low_ceiling": LOW_CEILING,
+    "as_much_by_size": BY_SIZE,
 }
 
 
@@ -49,10 +52,13 @@ def partial_correlation(a: F64, b: F64, given: F64) -> float:
     return float(np.clip((ab - ag * bg) / scale, -1, 1)) if scale > 1e-9 else 0.0
 
 
-def resampled(predicted: F64, actual: F64, *, draws: int = DRAWS, seed: int = 0) -> F64:
-    """(draws,) Spearman of ``predicted`` and ``actual`` (n,), the n retrainings redrawn with replacement."""
+def resampled(predicted: F64, actual: F64, sizes: F64, *, draws: int = DRAWS, seed: int = 0) -> F64:
+    """(2, draws) Spearman of ``predicted`` and ``actual`` (n,), and what is left of it given ``sizes`` (n,): the n
+    retrainings redrawn with replacement.
+    """
     chosen = np.random.default_rng(seed).integers(0, len(actual), (draws, len(actual)))
-    return np.array([correlation(predicted[rows], actual[rows]) for rows in chosen])
+    drawn = [(predicted[rows], actual[rows], sizes[rows]) for rows in chosen]
+    return np.array([(correlation(p, a), partial_correlation(p, a, s)) for p, a, s in drawn]).T
 
 
 def ceiling(actual: F64) -> float | None:
@@ -66,15 +72,22 @@ def ceiling(actual: F64) -> float | None:
 def linear_datamodeling_score(predicted: F64, actual: F64, sizes: F64) -> Lds:
     """LDS (Park et al. 2023, section 3). ``predicted`` and ``sizes`` (M,), ``actual`` (seeds, M)."""
     mean = actual.mean(axis=0)
+    se, given_size_se = resampled(predicted, mean, sizes).std(axis=1).tolist()
     return Lds(
         value=correlation(predicted, mean),
-        se=float(resampled(predicted, mean).std()),
+        se=se,
         ceiling=ceiling(actual),
         by_size=correlation(sizes, mean),
         given_size=partial_correlation(predicted, mean, sizes),
         subsets=len(mean),
         seeds=len(actual),
+        given_size_se=given_size_se,
     )
+
+
+def told_by_size(found: Lds) -> bool:
+    """Whether the number of examples in a subset predicts the outcome about as well as the scores do."""
+    return abs(found.by_size) > max(abs(found.value) - BY_SIZE, BY_SIZE)
 
 
 def lds(outcomes: Sequence[Outcome]) -> Lds | None:
@@ -147,22 +160,28 @@ def _measures(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def verdict(found: Lds | None, different: Sequence[Difference], moved: float) -> Verdict:
-    """What all of it says. ``moved``: how far training on everything moved the outcome from the base."""
-    parts = [_of_lds(found)] if found is not None else []
-    parts += [
+    """What all of it says. ``moved``: how far training on everything moved the outcome from the base.
+
+    A finding is that of the whole where all parts that tell anything agree, and they are half of those that had
+    the data to: of many comparisons one tells something by chance.
+    """
+    judged = [_of_lds(found)] if found is not None else []
+    judged += [
         _of_difference(each, moved)
         for each in different
         if each.measure == "outcome" and each.b == Arm.RANDOM and each.a in {Arm.MOST, Arm.LEAST}
     ]
-    told = {each.finding for each in parts} - {Finding.TOO_NOISY}
-    if not told:
-        overall = Finding.TOO_NOISY
-    elif len(told) == 1:
-        overall = told.pop()
-    elif Finding.PREDICTS in told:
+    parts = [part for part, _ in judged]
+    telling = [part.finding for part in parts if part.finding != Finding.TOO_NOISY]
+    told, most = set(telling), 2 * len(telling) >= sum(enough for _, enough in judged)
+    if told and told <= {Finding.PREDICTS} and most:
+        overall = Finding.PREDICTS
+    elif told & {Finding.PREDICTS, Finding.IN_PART}:
         overall = Finding.IN_PART
+    elif not told or not most:
+        overall = Finding.TOO_NOISY
     else:
-        overall = Finding.DOES_NOT
+        overall = told.pop() if len(told) == 1 else Finding.DOES_NOT
     said = {
         Finding.PREDICTS: "The attribution predicts what retraining does.",
         Finding.IN_PART: "The attribution predicts part of what retraining does.",
@@ -175,23 +194,39 @@ def verdict(found: Lds | None, different: Sequence[Difference], moved: float) ->
     return Verdict(overall, " ".join([said[overall], *(each.words for each in parts)]), tuple(parts), THRESHOLDS)
 
 
-def _of_lds(found: Lds) -> Part:
-    low, high = found.value - SURE * found.se, found.value + SURE * found.se
-    shown = f"LDS {found.value:+.2f} ± {found.se:.2f} over {found.subsets} subsets"
+def _of_lds(found: Lds) -> tuple[Part, bool]:
+    """The part, and whether there were subsets enough. Where the number of examples predicts as much, what is
+    judged is what the scores say beside it: any scores, were they all equal, add up to the size of a subset.
+    """
+    about, value, se = "lds", found.value, found.se
+    shown = f"LDS {value:+.2f} ± {se:.2f} over {found.subsets} subsets"
     if found.ceiling is not None:
         shown += f" (two seeds of one subset agree at {found.ceiling:+.2f})"
-    noisy = found.subsets < FEWEST["subsets"] or (found.ceiling is not None and found.ceiling < LOW_CEILING)
-    finding = _finding(low, high, NEGLIGIBLE_LDS, few=found.subsets < FEWEST["subsets"], noisy=noisy)
-    return Part("lds", finding, found.value, low, high, f"{shown}: {_words(finding)}.")
+    if told_by_size(found):
+        about, value, se = "lds_given_size", found.given_size, found.given_size_se
+        shown += (
+            f", of which the number of examples alone says {found.by_size:+.2f}, and the scores beside it "
+            f"{value:+.2f} ± {se:.2f}"
+        )
+    low, high = value - SURE * se, value + SURE * se
+    still = not (found.se or found.value or found.by_size)  # the outcome does not vary: nothing to predict
+    few = still or found.subsets < FEWEST["subsets"]
+    noisy = few or (found.ceiling is not None and found.ceiling < LOW_CEILING)
+    finding = _finding(low, high, NEGLIGIBLE_LDS, few=few, noisy=noisy)
+    return Part(about, finding, value, low, high, f"{shown}: {_words(finding)}."), not few
 
 
-def _of_difference(each: Difference, moved: float) -> Part:
-    """In the direction that a right ranking has: removing what pushes most lowers the outcome more than random."""
+def _of_difference(each: Difference, moved: float) -> tuple[Part, bool]:
+    """In the direction that a right ranking has: removing what pushes most lowers the outcome more than random.
+    And whether there were seeds enough.
+    """
     sign = -1.0 if each.a == Arm.MOST else 1.0
     value, se = sign * each.mean, each.se or 0.0
-    low, high = value - SURE * se, value + SURE * se
     few = each.n < FEWEST["seeds"] or not se
-    finding = _finding(low, high, NEGLIGIBLE_SHARE * abs(moved), few=few, noisy=few)
+    half = student_95(each.n - 1) * se if each.n > 1 else 0.0
+    low, high = value - half, value + half
+    negligible = NEGLIGIBLE_SHARE * min(1.0, each.fraction / _QUARTER) * abs(moved)
+    finding = _finding(low, high, negligible, few=few, noisy=few)
     verb = "lowers" if each.a == Arm.MOST else "raises"
     errors = "" if each.in_se is None else f", {sign * each.in_se:+.1f} standard errors"
     about = f"remove_{each.a}_{each.fraction:g}"
@@ -199,15 +234,17 @@ def _of_difference(each: Difference, moved: float) -> Part:
         f"Removing the {each.fraction:.0%} that push {each.a} {verb} the outcome by {value:+.3g} against removing "
         f"as many at random ({each.n} paired seeds{errors}): {_words(finding)}."
     )
-    return Part(about, finding, value, low, high, words)
+    return Part(about, finding, value, low, high, words), not few
 
 
 def _finding(low: float, high: float, negligible: float, *, few: bool, noisy: bool) -> Finding:
-    """An interval away from 0 tells; one within ``negligible`` tells as well, unless noise explains it."""
+    """An interval away from 0 tells, but not much where it is within ``negligible``; one that holds 0 and is within
+    ``negligible`` tells as well, unless noise explains it.
+    """
     if few:
         return Finding.TOO_NOISY
     if low > 0:
-        return Finding.PREDICTS
+        return Finding.PREDICTS if high >= negligible else Finding.IN_PART
     if high < 0:
         return Finding.OPPOSITE
     return Finding.DOES_NOT if high < negligible and not noisy else Finding.TOO_NOISY

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ from service.storage import Storage
 from tests import s3
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+_LONGEST = ("test_recovery.py", "test_readme.py", "test_end_to_end.py")  # minutes, most of them spent waiting
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files run side by side and the last to end decides when all do: long ones begin, then those of many tests."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in _LONGEST, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from service import artifacts, codec
 from service.concept_health import FILE, ConceptHealth, HealthRequest, Known, Reports, question
 from service.contracts import ArrayInfo, Completion, Conversation, JobRecord, Message, PlainText
 from service.errors import Invalid, Unavailable
-from service.health_doubts import diverges, doubts, moved, needed, turned
+from service.health_doubts import diverges, doubts, moved, needed, turned, without_doubts
 from service.health_records import Agreement, AtPoint, Domain, Estimate, Movement, Report
 from service.loading import IndexLoader
 from service.movement import change, estimate, sign_flip, turn
@@ -94,7 +94,8 @@ def test_a_shift_along_the_concept_does_not_count() -> None:
 def test_a_reference_has_the_lengths_of_the_query_set() -> None:
     rng = np.random.default_rng(2)
     lengths, pool = rng.integers(20, 60, 25), rng.integers(10, 2000, 3000)
-    places, alike = matched(lengths, pool, 75, seed=0)
+    places, alike, paired = matched(lengths, pool, 75, seed=0)
+    assert paired.all()
     assert alike.all()
     assert len(set(places.tolist())) == len(places)
     assert 25 <= len(places) <= 75
@@ -104,12 +105,21 @@ def test_a_reference_has_the_lengths_of_the_query_set() -> None:
 
 
 def test_lengths_that_the_index_has_none_of_take_the_nearest_and_are_told() -> None:
-    places, alike = matched(np.array([5, 6, 7000]), np.array([1000, 2000, 6800, 3000]), 90, seed=0)
+    places, alike, paired = matched(np.array([5, 6, 7000]), np.array([1000, 2000, 6800, 3000]), 90, seed=0)
     assert alike.tolist() == [False, False, True]
     assert 2 in places
     assert len(places) == 3
-    everything, none = matched(np.arange(10), np.array([100, 200]), 50, seed=0)
-    assert (everything.tolist(), none.any()) == ([0, 1], False)
+    assert paired.all()
+    everything, none, paired = matched(np.arange(10), np.array([100, 200]), 50, seed=0)
+    assert (everything.tolist(), none.any(), paired.sum()) == ([0, 1], False, 2)
+
+
+def test_more_queries_than_the_index_has_of_a_length_are_no_texts_of_other_lengths() -> None:
+    lengths, pool = np.repeat([20, 300], [150, 10]), np.repeat([20, 300, 900], [30, 40, 500])
+    places, alike, paired = matched(lengths, pool, 512, seed=0)
+    assert alike.all()
+    assert (paired[:150].sum(), paired[150:].sum()) == (30, 10)  # as many of a length as have a partner
+    assert np.unique(pool[places], return_counts=True)[1].tolist() == [30, 10]
 
 
 # --- f_v along a run --------------------------------------------------------------------------------------
@@ -166,6 +176,7 @@ def test_a_turn_is_told(sign: int) -> None:
 def test_a_turn_of_a_trifle_or_of_chance_is_none() -> None:
     assert along([0, 0.7, 0.69], noise=0.001).turn is not None
     assert not turned(along([0, 0.7, 0.69], noise=0.001))
+    assert not turned(along([0, 0.02, -0.7], noise=0.001))  # nor one before nearly all of the way
     assert not turned(along([0, 0.36, 0.3], noise=2.0, n=20))
     assert along([0, 1], noise=0.1).turn is None
 
@@ -179,6 +190,11 @@ def test_what_did_not_move_is_told_from_what_nobody_can_say() -> None:
     assert moved(along([0, 0.0], noise=1.0, n=needed(few))) is False
     assert codes(movement=along([0, 1.0], noise=0.1, n=8)) == ["query_set_too_small"]
     assert codes(movement=replace(along([0, 1.0], noise=0.1), change=None, turn=None)) == []
+
+
+def test_silence_about_what_nobody_measured_is_no_health() -> None:
+    assert without_doubts(1, 2) == "nothing speaks against it"
+    assert without_doubts(1, None) == "nothing speaks against it in what could be measured (1 of 2 parts)"
 
 
 def test_doubts_about_domains_and_families() -> None:
@@ -326,6 +342,13 @@ def test_what_an_index_lacks_is_named(world: World) -> None:
     bare = world.ask("bare").report
     assert bare.movement is None and bare.agreement is None
     assert set(bare.absent) == {"query_set", "concept_domain"}
+    lab = world.lab
+    loader = IndexLoader(lab.registry, lab.storage, threads=1)
+    answer = QueryService(lab.registry, lab.storage, lab.jobs, loader, shard_size=32).run(
+        Query("bare", "v0", Method.VECTOR_FILTER, Order.MOST, 3)
+    )
+    assert isinstance(answer, Answer) and answer.health is not None
+    assert "nothing could be measured" in answer.health.said
     named = world.ask("bare", query_set="q24").report
     assert named.movement is not None and named.movement == world.ask("both").report.movement
     assert "kind" in named.absent["agreement"]
@@ -402,7 +425,7 @@ def test_a_ranking_does_not_wait_for_storage_to_say_how_healthy_it_is(world: Wor
 def test_texts_from_elsewhere_are_warned_of_and_those_that_belong_are_not(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two draws of each kind; ten by ``python -m benchmarks.domains``."""
+    """Two draws of each kind; ten by ``python -m benchmarks.concepts --only domains``."""
     monkeypatch.setattr(domains, "N_INDEX", 100)
     monkeypatch.setattr(domains, "SOURCES", {name: domains.SOURCES[name] for name in ("questions", "shakespeare")})
     found = domains.texts(shared_data, 0, 2)

@@ -298,6 +298,16 @@ def test_an_sae_is_trained_asked_labelled_and_imported_again(built, stack, clien
     assert client.feature_concept("ev-sae", pushed.feature, "pushed").method == "sae_feature"
     named = client.ask(concept="pushed", **about).hits
     assert [hit.score for hit in named] == scores
+    fires = {**about, "sae": "ev-sae", "threshold": 0.2, "relative": True}
+    groups = client.settle(lambda: client.groups(concept="ev", **fires))
+    assert (groups.overlapping, groups.sae, groups.threshold, groups.rows) == (True, "ev-sae", 0.2, 40)
+    assert groups.covered + (groups.rest.count if groups.rest else 0) == groups.rows
+    client.label_features("ev-sae", {groups.groups[0].value: "first"})
+    assert client.groups(concept="ev", **fires).groups[0].label == "first"
+    for wrong in ({"clusters": 3}, {"group_by": "number"}, {"threshold": -1}, {"features": []}, {"sae": None}):
+        with pytest.raises(WhenceError) as refused:
+            client.groups(concept="ev", **fires | wrong)
+        assert (refused.value.status, refused.value.code) == (422, "invalid_request")
     tokens = client.settle(
         lambda: client.tokens(index="evidence", concept=pushed.concept, examples=[named[0].example_id])
     )
@@ -365,6 +375,11 @@ def test_the_commands_for_saes_show_what_the_server_says(built, stack):
         assert f"{each['push']:+.4g}" in shown
     assert "80 examples of evidence@v1" in shown
     assert "80 examples of evidence@v1" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae")
+    asked = ("groups", "--index", "evidence", "--concept", "ev", "--sae", "cli-sae", "--feature", "3")
+    shown = whence(stack, *asked)
+    assert "3 boats" in shown or "there is no group of it" in " ".join(shown.split())
+    assert "of 80 examples are in a group, shown or not" in shown
+    assert json.loads(whence(stack, *asked, "--json"))["features"] == [3]
     one = ("--feature", "3", "--example", told["up"][0]["examples"][0]["example_id"])
     assert "fire" in whence(stack, "saes", "features", "evidence", "--sae", "cli-sae", *one)
 

@@ -12,12 +12,14 @@ from api.schemas_rankings import GroupOut
 from service import artifacts, codec, rows
 from service.contracts import ArrayInfo, JobRecord
 from service.errors import Invalid
+from service.feature_groups import FeatureGroups
 from service.groups import GroupBy, Groups, Shown
 from service.jobs import Jobs
 from service.keywords import characteristic, counted
 from service.queries import QueryService
 from service.questions import Query
 from service.registry import Registry
+from service.sae_features import FeaturesService
 from service.search import VectorIndex
 from service.storage import Storage
 from service.terms import GroupSort, JobKind, Method, Order
@@ -95,7 +97,8 @@ def shelf(registry: Registry, storage: Storage) -> Topics:
 def grouping(shelf: Topics, registry: Registry, storage: Storage, jobs: Jobs) -> Groups:
     loader = shelf.loader()
     whole = WholeRankings(QueryService(registry, storage, jobs, loader, shard_size=4), loader)
-    return Groups(whole, loader, storage, jobs)
+    features = FeaturesService(registry, storage, jobs, loader)
+    return Groups(whole, loader, storage, jobs, FeatureGroups(registry, loader, features))
 
 
 def influence(**about: Any) -> Query:

@@ -2,6 +2,7 @@
 
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,23 @@ def test_a_group_that_holds_all_of_the_top_is_lifted_by_the_inverse_of_its_share
         ("planted", 1.0, 4.0),
         ("rest", 0.0, 0.0),
     ]
+
+
+@ORDERS
+def test_an_example_may_be_in_several_groups(order: Order) -> None:
+    rng = np.random.default_rng(2)
+    scores, inside = rng.normal(size=60).astype(np.float32), rng.random((60, 4)) < [0.0, 0.1, 0.5, 1.0]
+    rows, codes = np.nonzero(inside)
+    mixed = rng.permutation(len(rows))
+    about: dict[str, Any] = {"order": order, "by": GroupSort.SUM}
+    groups, total = grouped(scores, codes[mixed], list("abcd"), 7, rows=rows[mixed], **about)
+    assert ({each.value for each in groups}, total) == (set("bcd"), 3)
+    for each in groups:
+        member = inside[:, each.code]
+        (alone,) = (one for one in grouped(scores, np.int64(member), [0, 1], 7, **about)[0] if one.value)
+        assert (each.count, each.error) == (alone.count, pytest.approx(alone.error))
+        told = [each.sum, each.mean, each.share, each.share_of_top, each.lift]
+        assert told == pytest.approx([alone.sum, alone.mean, alone.share, alone.share_of_top, alone.lift])
 
 
 def test_intervals_and_shares_of_groups() -> None:

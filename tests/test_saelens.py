@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save
 
 from service import sae, saelens
 from service.errors import Invalid
+from service.sae_tally import weakest
 from service.saelens import parse
 
 STORED = Path(__file__).parent / "data" / "saelens"
@@ -35,6 +36,18 @@ def agrees(folder: Path) -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_librarys_own_folders_encode_and_decode_as_it_does(name):
     agrees(STORED / name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_some_features_alone_are_columns_of_the_whole(name):
+    held, x = read(STORED / name), load_file(STORED / name / "expected.safetensors")["inputs"]
+    whole, some = sae.encode(held, x)[0], [5, 0, 11]
+    found, _ = sae.encode(sae.narrowed(held, some), x)
+    if held.config.k is not None:  # those beyond the k largest are there as well
+        least = weakest(sae.sparse(whole))
+        found[found < least[:, None] * (1 - 1e-5)] = 0
+    np.testing.assert_allclose(found, whole[:, some], rtol=1e-4, atol=1e-6)
+    assert found.any()
 
 
 def test_every_architecture_and_format_is_among_them():

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy import stats
 
 from benchmarks.lab import Quiet
 from service import artifacts, codec, concepts, filters, indexes, sae, saelens, saes, verify
 from service.cache import LoadingCache
 from service.contracts import JobRecord
 from service.errors import Conflict, Damaged, Interrupted, Invalid, NotFound
+from service.feature_groups import ByFeatures, FeatureGroups
+from service.groups import GroupBy, Grouped, Groups, Shown
 from service.loading import IndexLoader
 from service.queries import QueryService
 from service.questions import Query, Weighted
@@ -25,7 +28,8 @@ from service.sae_planning import TrainSaeRequest, default_features, plan_trainin
 from service.sae_records import SaeRecipe
 from service.sae_tally import Tally, strongest
 from service.sae_view import ViewRequest, ViewService
-from service.terms import JobKind, JobState, Method, Order, Pooling
+from service.terms import GroupSort, JobKind, JobState, Method, Order, Pooling
+from service.whole import WholeRankings
 from tests.test_influence_build import World, embedding
 from tests.test_saelens import STORED
 from workers import sae_training
@@ -415,6 +419,7 @@ def test_a_tally_in_pieces_is_the_tally_of_the_whole(monkeypatch):
     np.testing.assert_allclose(found["sums"], dense.sum(axis=0))
     np.testing.assert_array_equal(found["largest"], dense.max(axis=0))
     np.testing.assert_array_equal(found["l0"], (dense > 0).sum(axis=1))
+    np.testing.assert_array_equal(found["least"], [min(row[row > 0], default=0) for row in dense])
     for feature in range(9):
         span = slice(found["feature_starts"][feature], found["feature_starts"][feature + 1])
         expected = np.lexsort((np.arange(50), -dense[:, feature]))[:4]
@@ -426,6 +431,138 @@ def test_a_tally_in_pieces_is_the_tally_of_the_whole(monkeypatch):
     empty = Tally(9, keep=2).finish()
     assert (len(empty["l0"]), empty["feature_starts"].tolist()) == (0, [0] * 10)
     assert strongest(sae.sparse(dense[:0]), 2).rows == 0
+
+
+# --- groups of examples on which features fire ------------------------------------------------------------
+
+
+def group(world, by: ByFeatures, *, limit: int = 50, sort: GroupSort = GroupSort.MEAN, **about) -> Grouped:
+    """As the api answers, with the job in between."""
+    queries = QueryService(world.lab.registry, world.lab.storage, world.lab.jobs, world.loader, shard_size=8)
+    features = FeaturesService(world.lab.registry, world.lab.storage, world.lab.jobs, world.loader)
+    whole, by_feature = (
+        WholeRankings(queries, world.loader),
+        FeatureGroups(world.lab.registry, world.loader, features),
+    )
+    service = Groups(whole, world.loader, world.lab.storage, world.lab.jobs, by_feature)
+    query = replace(Query("run", "v0", Method.VECTOR_FILTER, Order.MOST, 10), **about)
+    asked = (query, GroupBy(features=by), Shown(sort, limit, examples=2, terms=2))
+    answer = service.run(*asked)
+    if isinstance(answer, JobRecord):
+        assert answer.kind == JobKind.ENCODE_FEATURES
+        world.lab.engine.run(answer, Quiet(answer, {}))
+        answer = service.run(*asked)
+    assert isinstance(answer, Grouped)
+    return answer
+
+
+def drawn(world, name: str, architecture: str, **about) -> None:
+    """An SAE of random weights, of which half or so fire."""
+    rng, d = np.random.default_rng(len(name)), world.sae.width
+    shapes = {"W_enc": (d, 20), "W_dec": (20, d), "b_enc": 20, "b_dec": d}
+    weights = {each: rng.standard_normal(shape).astype(np.float32) for each, shape in shapes.items()}
+    if architecture == "jumprelu":
+        weights["threshold"] = rng.random(20).astype(np.float32)
+    config = saelens.SaeConfig(architecture, d, 20, saelens.hook_of(2), 2, **about)
+    files = {saelens.CONFIG: saelens.write(config, {}), saelens.WEIGHTS: saelens.weights(weights)}
+    model = world.lab.registry.get(MODELS, world.index.model)
+    saes.publish(
+        world.lab.registry, saes.describe(name, files, model, source="x", pooling=world.sae.pooling), files
+    )
+
+
+@pytest.mark.parametrize("name", ["s", "cut-jumprelu", "cut-topk"])
+@pytest.mark.parametrize("method", [Method.VECTOR_FILTER, Method.CONCEPT_INFLUENCE])
+def test_groups_by_feature_are_what_encoding_every_row_says(world, monkeypatch, name, method):
+    """Of the two that are cut the table keeps two features an example, where more fire."""
+    if world.lab.registry.find(SAES, name) is None:
+        monkeypatch.setattr("workers.sae_jobs.kept_per_example", lambda _examples: 2)
+        drawn(world, name, name.removeprefix("cut-"), **({"k": 6} if name == "cut-topk" else {}))
+    record = world.lab.registry.get(SAES, name)
+    ids, rows = activations(world)
+    dense, _ = sae.encode(saes.read(world.lab.storage, record), rows)
+    largest = dense.max(axis=0)
+    some = filters.parse({"id": {"in": ids[10:70]}})
+    loud = int(largest.argmax())
+    for by, filtered in [
+        (ByFeatures(name, (3, loud, 7, 11)), None),
+        (ByFeatures(name, (7, loud), float(np.median(dense[dense > 0]))), some),
+        (ByFeatures(name, None, 0.5, relative=True), some),
+    ]:
+        scores = {
+            hit.example.id: hit.score for hit in ask(world, concept="v0", method=method, filter=filtered).hits
+        }
+        kept = [row for row, item in enumerate(ids) if item in scores]
+        own = np.array([scores[ids[row]] for row in kept], np.float64)
+        fires = dense[kept] > (by.threshold * largest if by.relative else by.threshold)
+        answer = group(world, by, method=method, filter=filtered)
+        members = answer.members
+        assert answer.k == 10
+        assert members.covered == fires[:, list(members.features)].any(axis=1).sum()
+        assert (answer.rest.group.count if answer.rest else 0) == len(kept) - members.covered
+        told = {each.group.value: (each, fires[:, each.group.value]) for each in answer.groups}
+        if answer.rest:
+            told[None] = (answer.rest, ~fires[:, list(members.features)].any(axis=1))
+        assert told.keys() - {None} == {each for each in members.features if fires[:, each].any()}
+        top = set(np.argsort(-own)[:10].tolist())
+        for each, member in told.values():
+            mine, found = own[member], each.group
+            assert (found.count, found.sum) == (member.sum(), pytest.approx(mine.sum(), rel=1e-4, abs=1e-7))
+            assert found.mean == pytest.approx(mine.mean(), rel=1e-4, abs=1e-7)
+            assert found.share == pytest.approx(mine.sum() / np.abs(own).sum(), rel=1e-4, abs=1e-7)
+            assert found.share_of_top == pytest.approx(len(top & set(np.flatnonzero(member).tolist())) / 10)
+            if len(mine) > 1:
+                low, _high = stats.t.interval(0.95, len(mine) - 1, mine.mean(), stats.sem(mine))
+                assert found.error == pytest.approx(mine.mean() - low, rel=2e-3)
+            best = [kept[row] for row in np.flatnonzero(member)[np.argsort(-mine)][:2]]
+            assert [one.example.id for one in each.examples] == [ids[row] for row in best]
+        means = [each.group.mean for each in answer.groups]
+        assert means == sorted(means, reverse=True)
+        if by.features is None and name == "s":
+            excess = np.abs(fires.T @ (own - own.mean()))
+            assert members.features == tuple(
+                each for each in np.argsort(-excess, kind="stable") if fires[:, each].any()
+            )
+        said = any("More features fire on" in each for each in members.warnings)
+        assert said == (by.features is None and name != "s")
+
+
+def test_groups_by_feature_are_labelled_limited_and_said_to_be_missing(world):
+    lab = world.lab
+    saes.label(lab.redis, lab.storage, world.sae, [(6, "quiet")], "ann")
+    dense, _ = sae.encode(saes.read(lab.storage, world.sae), activations(world)[1])
+    often = np.argsort(-(dense > 0).sum(axis=0))[:3].tolist()
+    answer = group(world, ByFeatures("s", (*often, 6)), limit=2, sort=GroupSort.SUM)
+    assert (len(answer.groups), answer.total) == (2, sum(1 for each in {*often, 6} if dense[:, each].any()))
+    assert set(answer.members.features) == {*often, 6}
+    labels = saes.labels(lab.storage, world.sae)
+    assert all(each.label == labels.of(each.group.value) for each in answer.groups)
+    assert answer.members.labels[answer.members.features.index(6)] == "quiet"
+    assert len(group(world, ByFeatures("s"), limit=3).members.features) == 3
+    none = group(world, ByFeatures("s", (2, 4), 1e6))
+    assert (none.groups, none.total, none.members.covered, none.rest.group.count) == ((), 0, 0, 80)
+    assert any("feature 2, 4 firing above 1e+06" in each for each in none.members.warnings)
+    assert group(world, ByFeatures("s", None, 1e6)).members.features == ()
+
+
+@pytest.mark.parametrize(
+    ("by", "code", "param"),
+    [
+        (ByFeatures("nobody"), "sae_not_found", "sae"),
+        (ByFeatures("stray"), "sae_of_other_lineage", "sae"),
+        (ByFeatures("s", (3, 24)), "feature_not_found", "features[1]"),
+        (ByFeatures("s", None, -0.1), "bad_threshold", "threshold"),
+        (ByFeatures("s", None, float("nan")), "bad_threshold", "threshold"),
+        (ByFeatures("s", None, 1.0, relative=True), "bad_threshold", "threshold"),
+    ],
+)
+def test_groups_by_feature_that_cannot_be_are_refused(world, by, code, param):
+    if world.lab.registry.find(SAES, "stray") is None:
+        files = {each: saes.file(world.lab.storage, world.sae, each) for each in world.sae.files}
+        saes.publish(world.lab.registry, replace(world.sae, id="stray", lineage="elsewhere"), files)
+    with pytest.raises((Invalid, NotFound)) as caught:
+        group(world, by)
+    assert (caught.value.code, caught.value.param) == (code, param)
 
 
 def test_damaged_weights_are_told_with_their_file_and_never_used(world, monkeypatch):

@@ -354,7 +354,8 @@ def test_many_hits_for_one_leave_the_others_of_a_batch_their_screen() -> None:
     _, screened = indexes(normal(5, 4_000, 64), 1)
     (block,) = screened.blocks
     bars = np.full(2, -np.inf, dtype=np.float32)
-    few, many = block.narrowed(normal(1, 2, 64), [10, block.n], [None, None], bars)
+    queries = normal(1, 2, 64)
+    few, many = block.narrowed(queries, [10, block.n], [None, None], bars, queries)
     assert few is not None
     assert len(few[0]) < block.n / 8
     assert many is None

@@ -47,6 +47,8 @@ def test_the_lds_is_spearman_of_predictions_and_mean_outcomes_with_a_bootstrap_o
     se = np.std([spearmanr(predicted[row], mean[row]).statistic for row in rows])
     assert found.se == pytest.approx(se, rel=0.1)  # two independent bootstraps
     assert (found.subsets, found.seeds) == (30, 3)
+    left = [partial_correlation(predicted[row], mean[row], sizes[row].astype(float)) for row in rows]
+    assert found.given_size_se == pytest.approx(np.std(left), rel=0.1)
     assert lds(runs[:1]) is None
     assert lds([run for run in runs if run.seed == 0]).ceiling is None
 
@@ -88,6 +90,7 @@ def test_curves_and_paired_differences_are_means_with_errors_over_seeds():
 # --- the verdict ------------------------------------------------------------------------------------------
 
 GOOD = Lds(0.6, 0.1, 0.8, 0.1, 0.6, 40, 2)
+SIZE = Lds(0.6, 0.1, 0.8, 0.6, 0.0, 40, 2, 0.05)
 LOWER = Difference(Arm.MOST, Arm.RANDOM, 0.25, "outcome", -0.4, 0.1, -4.0, 5)
 
 
@@ -100,11 +103,19 @@ LOWER = Difference(Arm.MOST, Arm.RANDOM, 0.25, "outcome", -0.4, 0.1, -4.0, 5)
         (replace(GOOD, value=0.15), [], Finding.TOO_NOISY),  # .15 ± .2 holds both 0 and what is worth having
         (replace(GOOD, value=-0.05, ceiling=0.1), [], Finding.TOO_NOISY),  # nothing could have predicted this
         (replace(GOOD, subsets=9), [], Finding.TOO_NOISY),
+        (replace(GOOD, value=0.1, se=0.03), [], Finding.IN_PART),  # surely something, and surely little
+        (Lds(0, 0, None, 0, 0, 40, 1), [], Finding.TOO_NOISY),  # no outcome varies
+        (SIZE, [], Finding.DOES_NOT),  # whatever is added up grows with the number of examples
+        (replace(SIZE, given_size=0.5, given_size_se=0.1), [], Finding.PREDICTS),
         (None, [LOWER], Finding.PREDICTS),
         (None, [replace(LOWER, a=Arm.LEAST)], Finding.OPPOSITE),
         (None, [replace(LOWER, a=Arm.LEAST, mean=0.4)], Finding.PREDICTS),
         (None, [replace(LOWER, mean=0.0, se=0.01)], Finding.DOES_NOT),  # below a tenth of what training moved
         (None, [replace(LOWER, mean=0.0, se=0.1)], Finding.TOO_NOISY),
+        (None, [replace(LOWER, mean=-0.25, in_se=-2.5)], Finding.TOO_NOISY),  # 2.8 errors of five seeds are sure
+        (None, [replace(LOWER, fraction=0.01, mean=0.0, se=0.01)], Finding.TOO_NOISY),  # no hundredth can do it
+        (GOOD, [replace(LOWER, mean=-0.1, se=0.1)] * 2, Finding.IN_PART),  # one of three
+        (replace(GOOD, value=-0.6), [replace(LOWER, mean=-0.1, se=0.1)] * 2, Finding.TOO_NOISY),
         (None, [replace(LOWER, n=2)], Finding.TOO_NOISY),
         (None, [replace(LOWER, se=None, n=1)], Finding.TOO_NOISY),
         (None, [replace(LOWER, b=Arm.FULL)], Finding.TOO_NOISY),  # fewer examples: no comparison with random
@@ -157,6 +168,7 @@ def test_a_design_that_cannot_be_drawn_is_refused_by_field():
         (Design(fractions=(0.25, 0.001)), "design.fractions[1]"),
         (Design(subsets=40, group_size=30), "design.group_size"),
         (Design(subsets=10**4), "design.group_by"),
+        (Design(seeds=10**7), "design"),
     ):
         groups = GROUPS % 3 if param.endswith("group_by") else None
         with pytest.raises(Invalid) as caught:

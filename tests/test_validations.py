@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from benchmarks.lab import Lab, Quiet
-from service import artifacts, concepts
+from service import artifacts, concepts, results
 from service.concept_planning import ConceptRequest, plan_concept
 from service.contracts import Completion, Example, JobRecord
 from service.datasets import example_id
@@ -26,6 +27,7 @@ from service.loading import IndexLoader
 from service.queries import QueryService
 from service.questions import Query
 from service.registry import CONCEPTS, MODELS
+from service.storage import Storage
 from service.tasks import Task
 from service.terms import JobKind, LongExamples, LossReduction, Method, Order, Pooling, ProbeMethod
 from service.training import LoraRecipe, Recipe, RetrainWork, Schedule
@@ -447,6 +449,7 @@ def test_answers_are_counted_that_lie_along_the_concept(world):
         ({"index": "alone", "concept": None, "vector": (1.0,) * 16, "layer": LAYER}, "no_base", "index"),
         ({"design": replace(DESIGN, group_by="colour")}, "unknown_field", "design.group_by"),
         ({"design": replace(DESIGN, subsets=0, seeds=0)}, "empty_design", "design"),
+        ({"design": replace(DESIGN, subsets=0, fractions=())}, "empty_design", "design"),
         ({"design": replace(DESIGN, fractions=(0.001,))}, "bad_fraction", "design.fractions[0]"),
         ({"design": replace(DESIGN, group_by=None, group_size=20)}, "too_few_groups", "design.group_size"),
         ({"concept": "given", "trait": TraitRequest()}, "threshold_needed", "trait.threshold"),
@@ -463,10 +466,40 @@ def test_what_cannot_be_validated_is_refused_before_there_is_a_job(world, change
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
+def test_a_concept_of_one_labelled_dataset_has_no_half_way(world):
+    registry = world.lab.registry
+    side = {"dataset": "d", "fingerprint": ""}
+    labelled = replace(
+        registry.get(CONCEPTS, "rude"), provenance={"positive": side, "negative": side, "labels": {}}
+    )
+    with pytest.raises(Invalid) as caught:
+        world.service._trait(TraitRequest(), labelled, registry.get(MODELS, "m"))
+    assert caught.value.code == "threshold_needed"
+
+
+def test_a_damaged_run_is_trained_again_whatever_bytes_that_gives(tmp_path):
+    """On a GPU, or with other threads, a training is not the same to the bit."""
+    storage = Storage(str(tmp_path))
+    made = artifacts.publish(storage, "00" * 32, {"state": {"x": np.ones(3)}}, answer=True)
+    results.mark(storage, artifacts.folder(made.key))
+    assert artifacts.made(storage, made.key) is None
+    artifacts.publish(storage, made.key, {"state": {"x": np.full(3, 1.1)}}, answer=True)
+    assert artifacts.read(storage, artifacts.made(storage, made.key), "state")["x"][0] == 1.1
+
+
 def test_an_adapter_is_trained_again_as_the_adapter_it_is(tmp_path):
     told = {"r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(told))
     assert lora_of(tmp_path) == LoraRecipe(8, 16.0, ("q_proj", "v_proj"))
+    full = [f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight" for side in "AB"]
+    save_file({name: np.ones((1, 1)) for name in full}, tmp_path / "adapter_model.safetensors")
+    for said in ({"target_modules": "all-linear"}, {"layers_to_transform": [1]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(told | said | {"r": 4, "use_rslora": True}))
+        assert lora_of(tmp_path) == LoraRecipe(4, 32.0, ("model.layers.1.self_attn.v_proj",))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"rank_pattern": {"v_proj": 2}}))
+    with pytest.raises(Invalid) as caught:
+        lora_of(tmp_path)
+    assert caught.value.param == "recipe.lora"
 
 
 def test_only_validations_are_found_by_their_names(world, found):

@@ -28,6 +28,7 @@ from api.up import free_port
 from service import artifacts, concepts, datasets, indexes, ranking_file, shards
 from service.contracts import ArrayInfo, ConceptRecord, DatasetRecord, IndexRecord, JobRecord, ModelRecord
 from service.errors import Invalid
+from service.feature_groups import FeatureGroups
 from service.groups import GroupBy, Groups, Shown
 from service.jobs import Jobs
 from service.queries import QueryService
@@ -35,6 +36,7 @@ from service.questions import Query
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import DATASETS, MODELS, Registry
 from service.rows import F32
+from service.sae_features import FeaturesService
 from service.settings import Settings
 from service.specs import Section
 from service.storage import Storage, sha256_bytes
@@ -164,7 +166,10 @@ def whole(shelf: Topics, registry: Registry, storage: Storage, jobs: Jobs) -> Wh
 
 
 def grouping(whole: WholeRankings, shelf: Topics) -> Groups:
-    return Groups(whole, whole._loader, shelf.storage, whole._queries._jobs)
+    jobs = whole._queries._jobs
+    features = FeaturesService(shelf.registry, shelf.storage, jobs, whole._loader)
+    by_feature = FeatureGroups(shelf.registry, whole._loader, features)
+    return Groups(whole, whole._loader, shelf.storage, jobs, by_feature)
 
 
 def run(client: Client, *arguments: str) -> str:

@@ -292,12 +292,19 @@ class Health:
                 f"than {FEWEST} say nothing about its domain."
             )
             return None
-        chosen, alike = matched(lengths, theirs, MOST, SEED)
-        rows = [self._rows(each)[0] for each in ours]
+        chosen, alike, paired = matched(lengths, theirs, MOST, SEED)
+        rows, start = [], 0
+        for each in ours:
+            found, places = self._rows(each)
+            rows.append(found[paired[start + places]])
+            start += len(each.rows)
         others = [self._rows(each)[0] for each in _subset(pool, chosen)]
         a, b = (without(np.concatenate(side), self._vector) for side in (rows, others))
         if min(len(a), len(b)) < FEWEST:
-            self._absent[part] = f"Fewer than {FEWEST} examples of {name!r} or of the index can be pooled."
+            self._absent[part] = (
+                f"Fewer than {FEWEST} examples of {name!r} and of the index can be compared: pooled, and of like "
+                "lengths."
+            )
             return None
         self._stages.context.progress("comparing activations", 0, 1, unit="tests")
         told = told_apart(a, b, seed=SEED)

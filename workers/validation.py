@@ -21,12 +21,10 @@ from service.training import ReadAnswersWork, RetrainWork, Source
 from service.validating import PLAN, REPORT, as_tensor, find_plan, find_report, plan_key
 from service.validation_records import Arm, Lds, Outcome, Plan, Report
 from service.validation_spec import INPUTS, ValidateSpec
-from service.validations import curves, differences, lds, verdict
+from service.validations import curves, differences, lds, told_by_size, verdict
 from service.work import ActivationSpec, PassSpec
 from workers.stages import Stages
 from workers.works.retrain import ALONG, STATE
-
-_BY_SIZE = 0.1  # of rank correlation: so near to it, the number of examples says as much as the scores
 
 
 class Validating:
@@ -255,10 +253,10 @@ class Validating:
                 f"{self._spec.left_out} examples of the datasets are not in the index (set aside or deleted); no "
                 "run trains on them."
             )
-        if score is not None and abs(score.by_size) > abs(score.value) - _BY_SIZE:
+        if score is not None and told_by_size(score):
             said.append(
                 f"The number of examples in a subset alone predicts the outcome at {score.by_size:+.2f}; among "
-                f"subsets of one size the scores do so at {score.given_size:+.2f}. Say groups of similar size, or "
-                "judge by the curves, which compare equal numbers."
+                f"subsets of one size the scores do so at {score.given_size:+.2f}, which is what the verdict is "
+                "about. Say groups of similar size, or judge by the curves, which compare equal numbers."
             )
         return tuple(said)

@@ -26,6 +26,7 @@ from api.schemas_rankings import (
 from service import codec, ranking_file
 from service.contracts import Example, JobRecord
 from service.datasets import render
+from service.feature_groups import ByFeatures
 from service.groups import GroupBy, Portrait, Shown
 from service.whole import Moved, Scored
 
@@ -79,17 +80,28 @@ def scores(body: ScoresIn, services: ServicesDep) -> Response:
     responses={**_JOB, **documented(404, 422, 503)},
 )
 def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsOut | JobRecord:
-    """Group all examples by a metadata field, or by what they do to the model: sum and mean of scores with its
-    interval, each group's share of the whole and of the first k, the examples that come first in it, and its words.
+    """Group all examples by a metadata field, by what they do to the model, or by the features of an SAE that fire
+    on them: sum and mean of scores with its interval, each group's share of the whole and of the first k, the
+    examples that come first in it, and its words.
     """
-    by = GroupBy(body.group_by, body.clusters, body.seed)
+    by = GroupBy(body.group_by, body.clusters, body.seed, _features(body))
     shown = Shown(body.sort, body.limit, body.examples, body.terms)
     found = services.groups.run(question(body, body.k), by, shown)
     if isinstance(found, JobRecord):
         return accepted(response, found)
+    told, members = dict(_ranking(found.scored)), found.members
+    if members is not None:
+        told["warnings"] = [*told["warnings"], *members.warnings]
     return GroupsOut(
-        **dict(_ranking(found.scored)),
+        **told,
         group_by=body.group_by,
+        sae=body.sae,
+        features=None if members is None else list(members.features),
+        threshold=None if members is None else body.threshold,
+        relative=body.relative,
+        overlapping=members is not None,
+        covered=None if members is None else members.covered,
+        rest=None if found.rest is None else _portrait(found.rest),
         clusters=body.clusters,
         cohesion=found.cohesion,
         sort=body.sort,
@@ -99,11 +111,19 @@ def groups(body: GroupsIn, services: ServicesDep, response: Response) -> GroupsO
     )
 
 
+def _features(body: GroupsIn) -> ByFeatures | None:
+    if body.sae is None:
+        return None
+    features = None if body.features is None else tuple(body.features)
+    return ByFeatures(body.sae, features, body.threshold, body.relative)
+
+
 def _portrait(found: Portrait) -> GroupOut:
     group = found.group
     width = group.error
     return GroupOut(
         value=group.value,
+        label=found.label,
         count=group.count,
         sum=group.sum,
         mean=group.mean,
