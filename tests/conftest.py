@@ -28,7 +28,7 @@ from tests import s3
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-_LONGEST = ("test_recovery.py", "test_readme.py", "test_end_to_end.py")  # minutes, most of them spent waiting
+_LONGEST = ("test_recovery.py", "test_readme.py")  # minutes, most of them spent waiting
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
