@@ -46,7 +46,7 @@ format: $(VENV)/.dev  ## let ruff rewrite
 	$(BIN)/ruff format .
 
 bench-quick: $(VENV)/.dev  ## every benchmark at smoke size
-	$(BIN)/python -m benchmarks.build --quick --json $(QUICK_JSON)/build.json
+	$(BIN)/python -m benchmarks.build --quick --no-served --json $(QUICK_JSON)/build.json
 	$(BIN)/python -m benchmarks.query --quick --json $(QUICK_JSON)/query.json
 	$(BIN)/python -m benchmarks.quality --quick --organism persona --folder $(QUICK_JSON)/quality --json $(QUICK_JSON)/quality.json
 
