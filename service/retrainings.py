@@ -92,16 +92,8 @@ def random_groups(ids: Sequence[str], size: int | None, seed: int) -> I64:
     return place // size
 
 
-def removed(scores: F64, ids: Sequence[str], arm: Arm, fraction: float, seed: int) -> Bools:
-    """(n,) what stays when ``fraction`` of the examples is removed; of equal scores the lower id goes first.
-
-    Random draws are nested: what is removed at a fraction is removed at every larger one.
-    """
-    return _without(_order(scores, ids, arm, seed), fraction)
-
-
-def _order(scores: F64, ids: Sequence[str], arm: Arm, seed: int) -> I64:
-    """In which examples are removed."""
+def removal_order(scores: F64, ids: Sequence[str], arm: Arm, seed: int) -> I64:
+    """(n,) in which examples are removed; of equal scores the lower id goes first."""
     match arm:
         case Arm.MOST:
             return np.lexsort((np.asarray(ids), -scores))
@@ -111,7 +103,8 @@ def _order(scores: F64, ids: Sequence[str], arm: Arm, seed: int) -> I64:
             return shuffled(ids, f"{seed}:random")
 
 
-def _without(order: I64, fraction: float) -> Bools:
+def without(order: I64, fraction: float) -> Bools:
+    """(n,) what is left when the first ``fraction`` of ``order`` is gone."""
     kept = np.ones(len(order), dtype=bool)
     kept[order[: round(fraction * len(order))]] = False
     return kept
@@ -152,13 +145,13 @@ def units(design: Design, ids: Sequence[str], scores: F64, groups: Sequence[int]
     """Every run of the design. Raises as ``drawn``."""
     whole, none = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
     subsets = drawn(design, ids, groups)
-    fixed = {arm: _order(scores, ids, arm, 0) for arm in (Arm.MOST, Arm.LEAST)} if design.seeds else {}
+    fixed = {arm: removal_order(scores, ids, arm, 0) for arm in (Arm.MOST, Arm.LEAST)} if design.seeds else {}
 
     def removals(seed: int) -> Iterator[Run]:
-        orders = fixed | {Arm.RANDOM: _order(scores, ids, Arm.RANDOM, seed)}
+        orders = fixed | {Arm.RANDOM: removal_order(scores, ids, Arm.RANDOM, seed)}
         for fraction in design.fractions:
             for arm, order in orders.items():
-                yield Run(arm, seed, fraction, _without(order, fraction))
+                yield Run(arm, seed, fraction, without(order, fraction))
 
     return Units(
         first=(Run(Arm.FULL, design.seed, 0.0, whole), Run(Arm.BASE, design.seed, 1.0, none)),

@@ -54,6 +54,20 @@ def candidates(
     return screen.candidates(queries, ks, masks, bars)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_is_rounded_as_told(kind: str) -> None:
+    query, levels = KINDS[kind](3, 5, 200)[4], np.exp2(np.random.default_rng(4).integers(-9, 9, 200))
+    planes = np.zeros((2, 256), dtype=np.int8)
+    unit, total, size, missed = int8.round_query(query, levels.astype(np.float32), planes)
+    exact, codes = query.astype(np.float64) * levels, 128 * planes[0].astype(int) + planes[1]
+    assert (codes[200:] == 0).all()
+    assert codes.sum() == total
+    rest = exact - unit * codes[:200]
+    assert (abs(rest) <= unit * 0.5000001).all()
+    np.testing.assert_allclose([size, missed], [np.linalg.norm(exact), np.linalg.norm(rest)], rtol=1e-9)
+    assert unit == pytest.approx(abs(exact).max() / int8.MOST)
+
+
 def holds_the_best(
     found: np.ndarray | None, rows: np.ndarray, query: np.ndarray, k: int, mask: Mask | None
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from service import kernels
 from service.batching import Batcher
+from service.blocks import Block
 from service.errors import Invalid
 from service.rows import from_npy, pack, to_npy, unpack
 from service.search import TopK, VectorIndex
@@ -378,6 +379,33 @@ def test_kernels_multiply_like_float64(n: int, count: int, d: int) -> None:
     exact = queries.astype(np.float64) @ rows.astype(np.float64).T
     np.testing.assert_allclose(kernels.many_dots(rows, queries), exact, atol=1e-5 * d)
     np.testing.assert_allclose(kernels.dots(rows, queries[0]), exact[0], atol=1e-5 * d)
+    some = np.arange(n)[::-2]
+    found = kernels.some_dots(rows, some, queries[0].astype(np.float64))
+    np.testing.assert_allclose(found, exact[0][some], rtol=0, atol=1e-13 * d)
+
+
+def test_an_error_in_any_block_reaches_who_asks_and_harms_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever thread takes the block: the one that asks, or one that helps it."""
+    monkeypatch.setattr("service.blocks.BLOCK_BYTES", 2 * 8 * 100)
+    index = VectorIndex(*pack(normal(1, 1_000, 8)), threads=3)
+    query = normal(2, 8)
+    alone = index.search(query, 5)
+    scores = Block.scores
+
+    for bad in index.blocks:
+
+        def fail(block: Block, query: np.ndarray, bad: Block = bad) -> np.ndarray:
+            if block is bad:
+                raise OSError("this block")
+            return scores(block, query)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Block, "scores", fail)
+            with pytest.raises(OSError, match="this block"):
+                index.scores(query)
+        np.testing.assert_array_equal(index.search(query, 5).rows, alone.rows)
 
 
 def test_kernels_know_every_float16() -> None:

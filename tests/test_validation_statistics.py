@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from service.errors import Invalid
-from service.retrainings import group_dropout, plan, planned, random_groups, removed, units
+from service.retrainings import group_dropout, plan, planned, random_groups, removal_order, units, without
 from service.validation_records import Arm, Budget, Design, Difference, Finding, Lds, Outcome
 from service.validations import curves, differences, lds, partial_correlation, verdict
 
@@ -138,15 +138,15 @@ def test_the_verdict_names_what_is_told(found, different, finding):
 def test_the_highest_and_the_lowest_are_removed_and_random_ones_are_nested():
     count = 15
     order = sorted(range(60), key=lambda row: (-SCORES[row], IDS[row]))
-    assert set(np.flatnonzero(~removed(SCORES, IDS, Arm.MOST, 0.25, 0))) == set(order[:count])
+    assert set(np.flatnonzero(~without(removal_order(SCORES, IDS, Arm.MOST, 0), 0.25))) == set(order[:count])
     order = sorted(range(60), key=lambda row: (SCORES[row], IDS[row]))
-    assert set(np.flatnonzero(~removed(SCORES, IDS, Arm.LEAST, 0.25, 0))) == set(order[:count])
-    few, more = (removed(SCORES, IDS, Arm.RANDOM, share, 7) for share in (0.25, 0.5))
+    assert set(np.flatnonzero(~without(removal_order(SCORES, IDS, Arm.LEAST, 0), 0.25))) == set(order[:count])
+    few, more = (without(removal_order(SCORES, IDS, Arm.RANDOM, 7), share) for share in (0.25, 0.5))
     assert (few.sum(), more.sum()) == (45, 30)
     assert not (more & ~few).any()
-    assert (few != removed(SCORES, IDS, Arm.RANDOM, 0.25, 8)).any()
+    assert (few != without(removal_order(SCORES, IDS, Arm.RANDOM, 8), 0.25)).any()
     turned = np.arange(60)[::-1]
-    same = removed(SCORES[turned], [IDS[row] for row in turned], Arm.RANDOM, 0.25, 7)
+    same = without(removal_order(SCORES[turned], [IDS[row] for row in turned], Arm.RANDOM, 7), 0.25)
     assert (same[turned] == few).all()  # by the ids, wherever they stand
 
 
