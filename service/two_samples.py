@@ -108,7 +108,7 @@ def matched(lengths: I64, pool: I64, most: int, seed: int) -> tuple[I64, Bools, 
     ours, theirs = np.log1p(lengths.astype(np.float64)), np.log1p(pool.astype(np.float64))
     generator = np.random.default_rng(seed)
     free = np.ones(len(pool), dtype=bool)
-    alike = (np.abs(theirs - ours[:, None]) <= CALIPER).any(axis=1)
+    alike: Bools = np.logical_or.reduce(np.abs(theirs - ours[:, None]) <= CALIPER, axis=1)
     paired = np.zeros(len(lengths), dtype=bool)
     chosen: list[int] = []
     for round_ in range(max(1, most // max(1, len(lengths)))):
