@@ -102,7 +102,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(BodyLimit)
-    shown = (models, datasets, indexes, aliases, directions, concepts, personas, queries, rerank, rankings, jobs)
+    # Queries first: routes are tried one after the other.
+    shown = (queries, models, datasets, indexes, aliases, directions, concepts, personas, rerank, rankings, jobs)
     for module in (*shown, concept_health, saes, validations, registry_routes, health):
         app.include_router(module.router)
     app.include_router(saes.of_index)

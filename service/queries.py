@@ -7,6 +7,7 @@ once and cached in storage.
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +39,7 @@ _KEPT_BYTES = 64 << 20  # of rankings and filter masks that may be asked for aga
 _ENTRY_BYTES = 1 << 10  # that each of these takes beside its arrays, with its key
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """``percentile``: share of the index that scores lower; ``z_score``: standard deviations above its mean."""
 
     rank: int
@@ -230,14 +230,9 @@ class QueryService:
         rows, scores = ranking.top.rows[shown], ranking.top.scores[shown]
         examples = self._loader.examples(prepared.index).take(prepared.rows.positions[rows])
         z_scores = ranking.spread.z_score(scores)
-        ranks = np.arange(page.start + 1, page.start + 1 + len(rows))
+        ranks = range(page.start + 1, page.start + 1 + len(rows))
         percentiles = _percentiles(query, ranking, scores)
-        return tuple(
-            Hit(int(rank), float(score), float(percentile), float(z), example)
-            for rank, score, percentile, z, example in zip(
-                ranks, scores, percentiles, z_scores, examples, strict=True
-            )
-        )
+        return tuple(map(Hit, ranks, scores.tolist(), percentiles.tolist(), z_scores.tolist(), examples))
 
 
 def _search(prepared: Prepared, query: Query) -> Ranking:

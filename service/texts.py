@@ -6,9 +6,8 @@ buffer: docs/decisions/0016. Which example a row is stands in the ids beside it,
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from pyarrow import json as arrow_json
 from pydantic_core import from_json, to_json
 
 from service import codec
-from service.contracts import Content, Example, Place
+from service.contracts import Completion, Content, Conversation, Example, Message, Place, PlainText
 
 PLACES = pa.list_(pa.struct([("file", pa.string()), ("line", pa.int64())]))
 SCHEMA = pa.schema([("content", pa.string()), ("metadata", pa.string()), ("places", PLACES)])
@@ -30,8 +29,7 @@ _TOGETHER = 16 << 20  # bytes that are parsed at a time where all rows are wante
 _ROWS, _COUNT = b"whence.rows", b"whence.count"
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A row: an example but for its id."""
 
     content: Content
@@ -73,15 +71,25 @@ class Texts:
         with pa.ipc.open_file(pa.py_buffer(data)) as reader:
             batch, about = reader.get_batch(0), reader.schema.metadata
         self._rows, self._count = int(about[_ROWS]), int(about[_COUNT])
-        self._blocks = batch.column("block")
+        blocks = batch.column("block")
+        _, offsets, self._packed = blocks.buffers()
+        # The first and last byte of each block, packed, and how many it has unpacked.
+        self._offsets = np.frombuffer(offsets, dtype=np.int64, count=len(blocks) + 1)
         self._bytes = batch.column("bytes").to_numpy()
 
     def take(self, rows: Sequence[int]) -> list[Text]:
         """The texts of these rows, in this order."""
         if len(rows) and not 0 <= min(rows) <= max(rows) < self._count:
             raise IndexError(f"rows {min(rows)} to {max(rows)} among {self._count}")
-        blocks = {number: self._block(number).split(b"\n") for number in {row // self._rows for row in rows}}
-        return [_text(blocks[row // self._rows][row % self._rows]) for row in rows]
+        held = list({row // self._rows for row in rows})
+        blocks = dict(zip(held, self._unpacked(held), strict=True))
+        lines = [_nth(blocks[row // self._rows], row % self._rows) for row in rows]
+        # No line has a tab but those between its three values, so that all of them are read as one.
+        values = from_json(b"[%s]" % b",".join(b"[%s]" % line for line in lines).replace(b"\t", b","))
+        return [
+            Text(_content(content), metadata, tuple([Place(at["file"], at["line"]) for at in places]))
+            for content, metadata, places in values
+        ]
 
     def table(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
@@ -102,25 +110,36 @@ class Texts:
         tables = [_with_places(each) if "places" in names else each for each in found]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
-    def _block(self, number: int) -> bytes:
-        packed = self._blocks[number].as_buffer()
-        return pa.decompress(packed, int(self._bytes[number]), codec=_CODEC, asbytes=True)
+    def _unpacked(self, blocks: Sequence[int]) -> list[bytes]:
+        """The lines of these blocks."""
+        at, lz4 = np.asarray(blocks, dtype=np.int64), pa.Codec(_CODEC)
+        starts, stops, sizes = self._offsets[at].tolist(), self._offsets[at + 1].tolist(), self._bytes[at].tolist()
+        return [
+            lz4.decompress(self._packed.slice(start, stop - start), size, asbytes=True)
+            for start, stop, size in zip(starts, stops, sizes, strict=True)
+        ]
 
     def _lines(self) -> Iterator[bytes]:
         """All lines, so many together as are parsed at once."""
         together = np.cumsum(self._bytes) // _TOGETHER
         starts = np.flatnonzero(np.diff(together, prepend=-1))
         for start, stop in pairwise([*starts.tolist(), len(together)]):
-            yield b"".join(map(self._block, range(start, stop)))
+            yield b"".join(self._unpacked(range(start, stop)))
 
 
-def _text(line: bytes) -> Text:
-    content, metadata, places = line.split(b"\t")
-    return Text(
-        codec.decode(Content, content),  # pyright: ignore[reportArgumentType]
-        from_json(metadata),
-        tuple(Place(at["file"], at["line"]) for at in from_json(places)),
-    )
+def _nth(lines: bytes, number: int) -> bytes:
+    return lines.split(b"\n", number + 1)[number]
+
+
+def _content(plain: dict[str, Any]) -> Content:
+    """What ``codec.from_plain`` makes of it. The file's hash has been checked, so nothing is left to validate."""
+    match plain:
+        case {"text": text}:
+            return PlainText(text)
+        case {"prompt": prompt, "completion": completion}:
+            return Completion(prompt, completion)
+        case _:
+            return Conversation(tuple([Message(**each) for each in plain["messages"]]))
 
 
 def _with_places(table: pa.Table) -> pa.Table:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from service import columns, datasets, example_ids, texts
 from service.columns import FieldKind
-from service.contracts import Completion, DatasetRecord, Example, Place, PlainText
+from service.contracts import Completion, Conversation, DatasetRecord, Example, Message, Place, PlainText
 from service.errors import Conflict, Damaged, Invalid
 from service.example_ids import Finder
 from service.examples import Examples
@@ -404,9 +404,20 @@ def test_fields_of_more_rows_than_one_row_group_holds(memory: Storage, monkeypat
 def test_all_rows_read_at_once_are_what_each_read_alone_is(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "_TOGETHER", together)
     odd = ['"', "\t", "\n", "\r\n", "\\t", "\u2028\x85", "a,b;c", "é🎈", "", "NULL", "\x00\x7f", '[{"x": null}]']
+    kinds = [
+        PlainText,
+        lambda text: Completion(text, text[::-1]),
+        lambda text: Conversation((Message("user", text), Message("assistant", ""))),
+        lambda text: Conversation(()),
+    ]
     items = [
-        Example(f"{n:064x}", PlainText(f"{text} {n}"), {text: [text, None, n / 3]}, (Place(text, n),) * (n % 3))
-        for n, text in enumerate(odd * 20)
+        Example(
+            f"{n:064x}",
+            kinds[n // len(odd) % 4](f"{text} {n}"),
+            {text: [text, None, n / 3]},
+            (Place(text, n),) * (n % 3),
+        )
+        for n, text in enumerate(odd * 21)
     ]
     packed = texts.pack(items)
     found = texts.table(packed)

@@ -65,7 +65,8 @@ def query(body: QueryIn, services: ServicesDep) -> Response:
 def _answer(body: QueryIn, answer: Answer) -> Response:
     """The JSON of ``_present``, without a model for every hit: of a hundred, that is most of the work."""
     about = _present(body, dataclasses.replace(answer, hits=())).model_dump(mode="json")
-    about["hits"] = [_hit(hit, set(body.fields)) for hit in answer.hits]
+    wanted: set[str] = set(body.fields)
+    about["hits"] = [_hit(hit, wanted) for hit in answer.hits]
     return Response(to_json(about, inf_nan_mode="null"), media_type="application/json")
 
 
