@@ -66,6 +66,12 @@ class Examples:
         """(n,) 'S64'."""
         return self._laid().ids
 
+    def open(self) -> None:
+        """Read now what ``take`` and ``positions`` would read at first. Raises Damaged."""
+        for part in self._parts:
+            part.texts()
+        self._finder()
+
     def positions(self, ids: Ids) -> I64:
         """(m,) where these stand; −1: no example has that id. Fast when they stand in the order of the examples."""
         return self._finder().positions(ids)

@@ -4,8 +4,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from service import artifacts, indexes, shards
 from service.batching import Batcher
 from service.blocks import BLOCK_BYTES, Block, Mask
-from service.cache import LoadingCache
+from service.cache import LoadingCache, Once
 from service.contracts import ArrayInfo, IndexRecord
-from service.errors import Damaged, NotFound, Unavailable
+from service.errors import Damaged, DomainError, NotFound, Unavailable
 from service.example_ids import Finder, Ids
 from service.examples import Examples
 from service.registry import DATASETS, Registry, record_file
@@ -58,8 +58,10 @@ class Rows:
     ) -> None:
         self._pieces = pieces
         self._examples = examples
+        self._positions = Once(lambda: examples().positions(self.ids))
+        self._sample = Once(self._sampled)
+        self._begun = False
         self.index = VectorIndex.of([piece.block for piece in pieces], d, threads=threads, screened=screened)
-        self.ids: Ids = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, "S64")
         self.alive: Mask | None = None  # None: all
         if deleted is not None and len(deleted):
             self.alive = Finder(deleted).positions(self.ids) < 0
@@ -72,12 +74,32 @@ class Rows:
 
     @property
     def bytes(self) -> int:
-        return self.index.bytes + self.ids.nbytes
+        return self.index.bytes + sum(piece.ids.nbytes for piece in self._pieces)
 
-    @cached_property
+    @property
+    def ids(self) -> Ids:
+        """(n,) of every row, put together anew: they are kept by piece."""
+        return np.concatenate([piece.ids for piece in self._pieces]) if self._pieces else np.zeros(0, "S64")
+
+    @property
     def positions(self) -> NDArray[np.int64]:
         """Place of every row among the examples of the index."""
-        return self._examples().positions(self.ids)
+        return self._positions()
+
+    @property
+    def sample(self) -> Sample:
+        """Every so many-th row that may be ranked, once more: how the scores of a query lie is told by these."""
+        return self._sample()
+
+    def ahead(self) -> None:
+        """Begin with what the first answer needs beside the rows, while they are searched. What fails here fails
+        again for whoever asks for it, and is told there.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        for work in (self._open_texts, self._prepare_spread):
+            threading.Thread(target=work, name="ahead", daemon=True).start()
 
     def allowed(self, mask: Mask | None) -> Mask | None:
         """``mask`` (n,) less what was deleted."""
@@ -85,9 +107,15 @@ class Rows:
             return self.alive if mask is None else mask
         return mask & self.alive
 
-    @cached_property
-    def sample(self) -> Sample:
-        """Every so many-th row that may be ranked, once more: how the scores of a query lie is told by these."""
+    def _open_texts(self) -> None:
+        with suppress(DomainError):
+            self._examples().open()
+            self._positions()
+
+    def _prepare_spread(self) -> None:
+        self.sample.prepare()
+
+    def _sampled(self) -> Sample:
         rows = np.arange(self.index.n) if self.alive is None else np.flatnonzero(self.alive)
         if len(rows) > SAMPLE:
             rows = rows[np.linspace(0, len(rows) - 1, SAMPLE).astype(np.int64)]

@@ -124,6 +124,7 @@ class QueryService:
         if isinstance(found, Missing):
             return self._jobs.submit_once(found.key, JobKind.QUERY_GRADIENT, found.spec)
         rows = self._loader.rows(index, found.array)
+        rows.ahead()
         mask = self._mask(query, index, found, rows)
         return Prepared(index, asked, found, rows, mask, self.reports.hint(index, asked))
 

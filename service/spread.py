@@ -6,11 +6,11 @@ are computed once, at width 1024 a quarter of what the rows are; the scores are 
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.cache import Once
 from service.rows import F32
 from service.search import VectorIndex
 
@@ -52,6 +52,13 @@ class Sample:
 
     def __init__(self, rows: VectorIndex) -> None:
         self._rows = rows
+        self._moments = Once(self._measured)
+        self._enough = 2 * rows.d <= rows.n  # rows, for their moments to be less to read than they are
+
+    def prepare(self) -> None:
+        """What the first ``spread`` would compute."""
+        if self._enough:
+            self._moments()
 
     def scores(self, query: F32) -> F32:
         """Of every row, ascending."""
@@ -59,7 +66,7 @@ class Sample:
 
     def spread(self, query: F32) -> Spread:
         """Mean and deviation of the scores: from the moments of the rows where that is less to read."""
-        found = self._by_moments(query) if 2 * self._rows.d <= self._rows.n else None
+        found = self._by_moments(query) if self._enough else None
         if found is not None:
             return found
         scores = self.scores(query)
@@ -69,7 +76,7 @@ class Sample:
 
     def _by_moments(self, query: F32) -> Spread | None:
         """None: the rounding of the moments would show."""
-        moments, length = self._moments, float(np.linalg.norm(query.astype(np.float64)))
+        moments, length = self._moments(), float(np.linalg.norm(query.astype(np.float64)))
         if moments is None or not length:
             return None
         unit = (query / length).astype(np.float32)
@@ -79,8 +86,7 @@ class Sample:
         scale = moments.unit * length
         return Spread(scale * float(moments.mean @ unit.astype(np.float64)), scale * math.sqrt(variance))
 
-    @cached_property
-    def _moments(self) -> _Moments | None:
+    def _measured(self) -> _Moments | None:
         """None where float32 cannot hold them."""
         rows = self._rows.take(np.arange(self._rows.n))
         unit = float(np.abs(rows).max(initial=0.0))

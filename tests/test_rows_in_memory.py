@@ -1,6 +1,8 @@
 """Rows in memory: versions share what they have in common, memory has a bound, and where a score lies among all."""
 
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from scipy import stats
 
 from service import indexes, screening, spread
 from service.contracts import IndexRecord
-from service.errors import Unavailable
+from service.errors import Damaged, Unavailable
 from service.loading import IndexLoader, grouped
 from service.registry import INDEXES, Registry
 from service.specs import Section
@@ -102,3 +104,36 @@ def test_versions_share_nothing_with_those_of_other_shards(shelf: Shelf, registr
     assert loader.rows(first, ARRAYS[0]) is loader.rows(first, ARRAYS[0])
     assert loader.rows(first, ARRAYS[0]).index.blocks != loader.rows(first, ARRAYS[1]).index.blocks
     assert indexes.resolve(registry, "a") == registry.get(INDEXES, second.id)
+
+
+def wait_for_what_is_ahead() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "ahead":
+            thread.join(timeout=60)
+
+
+def test_what_answers_need_beside_rows_is_read_before_they_ask(shelf: Shelf) -> None:
+    record, loader = shelf.publish("a", 1), shelf.loader()
+    rows = loader.rows(record, ARRAYS[0])
+    rows.ahead()
+    wait_for_what_is_ahead()
+    for path in Path(shelf.storage.root).glob("datasets/d/*"):
+        path.unlink()
+    found = loader.examples(record).take(rows.positions[:2])
+    assert [example.id for example in found] == shelf.ids[:2]
+
+
+def test_what_cannot_be_read_ahead_is_told_to_who_asks_and_tried_again(shelf: Shelf) -> None:
+    record, loader = shelf.publish("a", 1), shelf.loader()
+    rows = loader.rows(record, ARRAYS[0])
+    texts = shelf.path("datasets/d/examples*")
+    whole = texts.read_bytes()
+    texts.write_bytes(whole[:-1] + b"?")
+    rows.ahead()
+    wait_for_what_is_ahead()
+    assert rows.index.search(np.ones(D, np.float32), 3).rows.shape == (3,)
+    with pytest.raises(Damaged, match="examples"):
+        loader.examples(record).take([0])
+    texts.write_bytes(whole)
+    rows.ahead()
+    assert [example.id for example in loader.examples(record).take([0])] == shelf.ids[:1]
