@@ -54,6 +54,7 @@ def main() -> None:
             "poison": lambda: find(
                 report,
                 folder / "poison",
+                chosen.data,
                 seeds=chosen.stories,
                 processes=chosen.processes,
                 quick=chosen.quick,

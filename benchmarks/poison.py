@@ -32,9 +32,11 @@ PROBES = (ProbeMethod.DIFFERENCE_OF_MEANS, ProbeMethod.LDA)
 F64 = NDArray[np.float64]
 
 
-def find(report: Report, folder: Path, *, seeds: int, processes: int, quick: bool) -> None:
-    """Mean over organisms of average precision and recall@10 on the half that chose nothing."""
-    one = partial(_organism, folder, quick=quick)
+def find(report: Report, folder: Path, data: Path, *, seeds: int, processes: int, quick: bool) -> None:
+    """Mean over organisms of average precision and recall@10 on the half that chose nothing; ``data`` holds
+    stories260k.
+    """
+    one = partial(_organism, folder, data / "stories260k", quick=quick)
     if min(processes, seeds) <= 1:
         found = [one(seed) for seed in range(seeds)]
     else:
@@ -45,12 +47,12 @@ def find(report: Report, folder: Path, *, seeds: int, processes: int, quick: boo
     report.add("recall10_poison", float(np.mean([each.recall10 for each in found])), note)
 
 
-def _organism(folder: Path, seed: int, *, quick: bool) -> Retrieval:
+def _organism(folder: Path, pretrained: Path, seed: int, *, quick: bool) -> Retrieval:
     logging.disable_progress_bar()
     home = folder / f"stories-{seed}"
     home.mkdir(parents=True, exist_ok=True)
     with one_thread():
-        made = stories.material(home, seed, quick=quick, pretrained=stories.PRETRAINED, report=to_stderr)
+        made = stories.material(home, seed, quick=quick, pretrained=pretrained, report=to_stderr)
         scored = dict(_scores(made, home / "lab"))
     planted = np.array([bool(example.metadata["planted"]) for example in made.lists.examples])
     choosing = _half(planted, seed)
