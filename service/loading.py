@@ -1,11 +1,13 @@
 """Published rows in memory: what queries search, shared by all versions that hold the same shards."""
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +18,7 @@ from service.batching import Batcher
 from service.blocks import BLOCK_BYTES, Block, Mask
 from service.cache import LoadingCache, Once
 from service.contracts import ArrayInfo, IndexRecord
-from service.errors import Damaged, DomainError, NotFound, Unavailable
+from service.errors import Damaged, NotFound, Unavailable
 from service.example_ids import Finder, Ids
 from service.examples import Examples
 from service.registry import DATASETS, Registry, record_file
@@ -27,6 +29,8 @@ from service.specs import IndexManifest
 from service.spread import SAMPLE, Sample
 from service.storage import Storage
 from service.tasks import ShardManifest, ShardRef
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,14 +62,15 @@ class Rows:
     ) -> None:
         self._pieces = pieces
         self._examples = examples
-        self._positions = Once(lambda: examples().positions(self.ids))
-        self._sample = Once(self._sampled)
         self._begun = False
         self.index = VectorIndex.of([piece.block for piece in pieces], d, threads=threads, screened=screened)
         self.alive: Mask | None = None  # None: all
         if deleted is not None and len(deleted):
             self.alive = Finder(deleted).positions(self.ids) < 0
         self.batcher = Batcher(self.index)
+        # Of what they need, not of self: in a circle, evicted rows would stay until the collector comes by.
+        self._positions = Once(partial(_positions, examples, pieces))
+        self._sample = Once(partial(_sampled, self.index, self.alive))
 
     @property
     def n(self) -> int:
@@ -79,7 +84,7 @@ class Rows:
     @property
     def ids(self) -> Ids:
         """(n,) of every row, put together anew: they are kept by piece."""
-        return np.concatenate([piece.ids for piece in self._pieces]) if self._pieces else np.zeros(0, "S64")
+        return _ids(self._pieces)
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -98,8 +103,9 @@ class Rows:
         if self._begun:
             return
         self._begun = True
-        for work in (self._open_texts, self._prepare_spread):
-            threading.Thread(target=work, name="ahead", daemon=True).start()
+        with suppress(RuntimeError):  # no thread to be had: whoever asks does it
+            for work in (self._open_texts, self._prepare_spread):
+                threading.Thread(target=work, name="ahead", daemon=True).start()
 
     def allowed(self, mask: Mask | None) -> Mask | None:
         """``mask`` (n,) less what was deleted."""
@@ -108,18 +114,32 @@ class Rows:
         return mask & self.alive
 
     def _open_texts(self) -> None:
-        with suppress(DomainError):
+        try:
             self._examples().open()
             self._positions()
+        except Exception:
+            log.debug("texts could not be read ahead", exc_info=True)
 
     def _prepare_spread(self) -> None:
-        self.sample.prepare()
+        try:
+            self.sample.prepare()
+        except Exception:
+            log.debug("moments could not be computed ahead", exc_info=True)
 
-    def _sampled(self) -> Sample:
-        rows = np.arange(self.index.n) if self.alive is None else np.flatnonzero(self.alive)
-        if len(rows) > SAMPLE:
-            rows = rows[np.linspace(0, len(rows) - 1, SAMPLE).astype(np.int64)]
-        return Sample(self.index.excerpt(rows))
+
+def _ids(pieces: Sequence[Piece]) -> Ids:
+    return np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, "S64")
+
+
+def _positions(examples: Callable[[], Examples], pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    return examples().positions(_ids(pieces))
+
+
+def _sampled(index: VectorIndex, alive: Mask | None) -> Sample:
+    rows = np.arange(index.n) if alive is None else np.flatnonzero(alive)
+    if len(rows) > SAMPLE:
+        rows = rows[np.linspace(0, len(rows) - 1, SAMPLE).astype(np.int64)]
+    return Sample(index.excerpt(rows))
 
 
 class IndexLoader:

@@ -6,6 +6,7 @@ are computed once, at width 1024 a quarter of what the rows are; the scores are 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class Sample:
 
     def __init__(self, rows: VectorIndex) -> None:
         self._rows = rows
-        self._moments = Once(self._measured)
+        self._moments = Once(partial(_measured, rows))
         self._enough = 2 * rows.d <= rows.n  # rows, for their moments to be less to read than they are
 
     def prepare(self) -> None:
@@ -86,15 +87,16 @@ class Sample:
         scale = moments.unit * length
         return Spread(scale * float(moments.mean @ unit.astype(np.float64)), scale * math.sqrt(variance))
 
-    def _measured(self) -> _Moments | None:
-        """None where float32 cannot hold them."""
-        rows = self._rows.take(np.arange(self._rows.n))
-        unit = float(np.abs(rows).max(initial=0.0))
-        if not 0 < unit < math.inf:
-            return None
-        rows /= np.float32(unit)
-        mean = rows.mean(axis=0, dtype=np.float64)
-        rows -= mean.astype(np.float32)
-        covariance = (rows.T @ rows) / np.float32(len(rows))
-        total = float(np.trace(covariance, dtype=np.float64))
-        return _Moments(unit, mean, covariance, total) if math.isfinite(total) else None
+
+def _measured(index: VectorIndex) -> _Moments | None:
+    """None where float32 cannot hold them."""
+    rows = index.take(np.arange(index.n))
+    unit = float(np.abs(rows).max(initial=0.0))
+    if not 0 < unit < math.inf:
+        return None
+    rows /= np.float32(unit)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    rows -= mean.astype(np.float32)
+    covariance = (rows.T @ rows) / np.float32(len(rows))
+    total = float(np.trace(covariance, dtype=np.float64))
+    return _Moments(unit, mean, covariance, total) if math.isfinite(total) else None

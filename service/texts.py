@@ -82,8 +82,8 @@ class Texts:
         if len(rows) and not 0 <= min(rows) <= max(rows) < self._count:
             raise IndexError(f"rows {min(rows)} to {max(rows)} among {self._count}")
         held = list({row // self._rows for row in rows})
-        blocks = dict(zip(held, self._unpacked(held), strict=True))
-        lines = [_nth(blocks[row // self._rows], row % self._rows) for row in rows]
+        blocks = {number: lines.split(b"\n") for number, lines in zip(held, self._unpacked(held), strict=True)}
+        lines = [blocks[row // self._rows][row % self._rows] for row in rows]
         # No line has a tab but those between its three values, so that all of them are read as one.
         values = from_json(b"[%s]" % b",".join(b"[%s]" % line for line in lines).replace(b"\t", b","))
         return [
@@ -125,10 +125,6 @@ class Texts:
         starts = np.flatnonzero(np.diff(together, prepend=-1))
         for start, stop in pairwise([*starts.tolist(), len(together)]):
             yield b"".join(self._unpacked(range(start, stop)))
-
-
-def _nth(lines: bytes, number: int) -> bytes:
-    return lines.split(b"\n", number + 1)[number]
 
 
 def _content(plain: dict[str, Any]) -> Content:

@@ -19,6 +19,7 @@ from redis import ConnectionPool, Redis, UnixDomainSocketConnection
 
 from api.client import Client
 from api.up import Stack, free_port
+from service import kernels
 from service.jobs import Jobs
 from service.redis_server import EmbeddedRedis, connect
 from service.registry import Registry
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files run side by side and the last to end decides when all do: long ones begin, then those of many tests."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in _LONGEST, -tests[item.path], item.path))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """Before any test: numba's compiler, in a thread of the api, would undo filters of warnings that pytest is just
+    setting, and a third party's warning would be an error of whatever test comes next.
+    """
+    kernels.warm()
 
 
 @pytest.fixture(scope="session")

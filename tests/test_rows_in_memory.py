@@ -1,6 +1,8 @@
 """Rows in memory: versions share what they have in common, memory has a bound, and where a score lies among all."""
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,5 +137,35 @@ def test_what_cannot_be_read_ahead_is_told_to_who_asks_and_tried_again(shelf: Sh
     with pytest.raises(Damaged, match="examples"):
         loader.examples(record).take([0])
     texts.write_bytes(whole)
-    rows.ahead()
     assert [example.id for example in loader.examples(record).take([0])] == shelf.ids[:1]
+
+
+def test_answers_do_without_threads_that_are_not_to_be_had(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, loader = shelf.publish("a", 1), shelf.loader()
+    rows = loader.rows(record, ARRAYS[0])
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as none_left:
+        none_left.setattr(threading.Thread, "start", start)
+        rows.ahead()
+    assert [example.id for example in loader.examples(record).take(rows.positions[:2])] == shelf.ids[:2]
+
+
+def test_rows_that_make_room_for_others_are_freed_at_once(shelf: Shelf) -> None:
+    """They are gigabytes, and the cycle collector of a server looks rarely."""
+    record = shelf.publish("a", 1)
+    loader = IndexLoader(shelf.registry, shelf.storage, threads=2, most_bytes=2 * 9 * D + 9 * 64)
+    gc.disable()
+    try:
+        rows = loader.rows(record, ARRAYS[0])
+        rows.ahead()
+        wait_for_what_is_ahead()
+        rows.sample.spread(np.ones(D, np.float32))
+        gone = [weakref.ref(each) for each in (rows, rows.index, rows.sample)]
+        assert loader.rows(record, ARRAYS[1]).positions.tolist() == rows.positions.tolist()
+        del rows
+        assert [each() for each in gone] == [None, None, None]
+    finally:
+        gc.enable()
